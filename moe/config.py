@@ -1,0 +1,64 @@
+"""What to attach: one frozen dataclass, with PEFT's names where PEFT has one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Names used by other libraries for the same thing (peft's PolyConfig).
+ALIASES = {"n_skills": "num_experts", "n_splits": "num_heads"}
+
+SCOPES = ("linear", "layer", "stack", "model")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: the message names the key, the value found and what to do."""
+
+
+@dataclass(frozen=True)
+class TaskMoEConfig:
+    """Settings of one mixture of low-rank experts (see ``docs/METHODS.md`` for the methods they give).
+
+    The attached layer computes ``y = W0 x + (lora_alpha / r) * sum_e g_e(task) * B_e A_e x``.
+    """
+
+    r: int = 4  # rank of one expert; rank-1 experts are r = 1
+    num_experts: int = 8
+    lora_alpha: float | None = None  # None: r, so that the scale is 1
+    lora_dropout: float = 0.0
+    compose: str = "after"  # after: gate the experts' outputs; before: average their parameters (Poly)
+    num_heads: int = 1  # > 1: one routing row per block of the features (MHR); needs compose: before
+    router: str = "task_table"
+    router_scope: str = "linear"  # linear | layer | stack | model: which layers share one routing
+    router_init_std: float = 1e-3
+    task_embedding_dim: int = 64  # router: task_mlp
+    router_hidden_dim: int = 64  # router: task_mlp
+    gate: str = "softmax"
+    top_k: int | None = None  # gate: top_k
+    router_temperature: float = 1.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    rank_pattern: dict[str, int] | None = None  # {module name or regex: r}
+    modules_to_save: tuple[str, ...] | None = None
+    new_task_rows: str = "mean"  # rows of tasks added later: mean | zero | random
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TaskMoEConfig:
+        """The inverse of :meth:`to_dict`; aliases are accepted, lists become tuples.
+
+        Raises:
+            ConfigError: a key that is not a setting.
+        """
+        known = {f.name for f in fields(cls)}
+        clean: dict[str, Any] = {}
+        for key, value in values.items():
+            name = ALIASES.get(key, key)
+            if name not in known:
+                raise ConfigError(f"moe.{key}: unknown setting; known are {', '.join(sorted(known))}")
+            clean[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**clean)

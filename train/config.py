@@ -1,0 +1,183 @@
+"""Every setting of a run: nested frozen dataclasses, named as Hugging Face names them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+
+__all__ = ["Config", "ConfigError", "DataConfig", "DatasetConfig", "EvaluationConfig", "MixingConfig",
+           "PhaseConfig", "SkillGymConfig", "TokenizerConfig", "TrackConfig"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A tokenizer trained on the training data; only for models built from a config."""
+
+    kind: str = "bpe"  # bpe | wordlevel | char
+    vocab_size: int = 4096
+
+
+@dataclass(frozen=True)
+class SkillGymConfig:
+    """The built-in generator: tasks that are compositions of latent string operations."""
+
+    num_tasks: int = 12
+    num_skills: int = 6
+    skills_per_task: int = 2
+    alphabet_size: int = 16
+    max_string_length: int = 8
+    min_string_length: int = 3
+    train_rows: int = 2000  # per task
+    validation_rows: int = 100
+    test_rows: int = 100
+    task_visible: bool = False  # True: the task's name stands in the input
+    unseen_tasks: int = 0  # compositions kept out of training (generated, but not in the mixture)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One data source: a file, a folder, or a name on the hub."""
+
+    name: str | None = None  # the task's name, unless the rows carry a task column
+    path: str = ""
+    subset: str | None = None  # the hub's configuration name
+    split: str = "train"
+    validation_path: str | None = None
+    validation_split: str | None = None
+    test_path: str | None = None
+    test_split: str | None = None
+    format: str = "auto"  # text_label | input_output | instruction | prompt_completion | messages | conversations
+    template: str | None = None  # Jinja, placeholders are the row's columns
+    weight: float | None = None  # sampling share (mixing.strategy: explicit)
+    group: str | None = None
+    metric: str | None = None
+    labels: tuple[str, ...] | None = None
+    task_column: str | None = None  # default: the first of task, channel, data_name, task_id, task_type
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How rows become tokens."""
+
+    root: str | None = None  # one folder a task: train|validation|test.jsonl
+    skill_gym: SkillGymConfig | None = None
+    template: str | None = None  # default template of all datasets
+    max_length: int = 256  # tokens of a sequence (seq2seq: of the input)
+    max_target_length: int = 64  # seq2seq: tokens of the target
+    on_bad_row: str = "error"  # error | skip
+    on_long_row: str = "error"  # error | skip | truncate
+    packing: bool = False
+    group_by_length_window: int = 1  # optimiser steps over which rows are regrouped by length
+    cache_dir: str | None = None
+    max_rows_per_task: int | None = None
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """Which task each sequence comes from."""
+
+    strategy: str = "unimax"  # proportional | equal | temperature | capped | explicit | unimax
+    temperature: float = 2.0  # strategy: temperature
+    cap: int | None = None  # strategy: capped (examples), optional for temperature
+    max_epochs: float = 4.0  # strategy: unimax
+    weights: dict[str, float] | None = None  # strategy: explicit, {task: weight}
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a schedule; what is None is as in the run."""
+
+    name: str = "main"
+    steps: int | None = None  # None: what is left of max_steps
+    train: tuple[str, ...] = ("experts", "router", "task_embedding", "heads", "saved")
+    adapters: bool = True  # False: the base model alone runs (for phases that train the base)
+    mixing: MixingConfig | None = None
+    learning_rate: float | None = None
+    router_learning_rate: float | None = None
+    task_embedding_learning_rate: float | None = None
+    base_learning_rate: float | None = None
+    router_temperature: tuple[float, float] | None = None  # from, to (linear over the phase)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured, and on how much."""
+
+    metrics: dict[str, str] | None = None  # {task name pattern: metric}; first match wins
+    groups: dict[str, str] | None = None  # {group: task name pattern}: the score averages a group's tasks first
+    max_rows: int | None = None  # per task, during training
+    max_new_tokens: int = 32
+    num_beams: int = 1
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """wandb and the log."""
+
+    wandb_project: str = "taskmoe"
+    wandb_entity: str | None = None
+    per_task_keys: int = 64  # at most so many tasks get curves of their own
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    # model
+    model_name_or_path: str | None = None
+    model: dict | None = None  # {type: llama, hidden_size: ...}: built from a config instead
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    task_type: str = "CAUSAL_LM"  # CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS
+    pooling: str = "model"  # SEQ_CLS: model (the model's own head) | mean (mean of the last hidden state)
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    # experts and routers
+    moe: TaskMoEConfig = field(default_factory=TaskMoEConfig)
+    # data
+    datasets: tuple[DatasetConfig, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
+    # optimisation
+    output_dir: str = "runs/run"
+    seed: int = 42
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    optim: str = "adamw_torch"  # adamw_torch | sgd
+    learning_rate: float = 1e-3  # experts, heads, saved modules
+    router_learning_rate: float | None = None  # None: 10 x learning_rate
+    task_embedding_learning_rate: float | None = None  # None: router_learning_rate
+    base_learning_rate: float | None = None  # None: learning_rate; used where a phase trains the base
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+    lr_scheduler_type: str = "linear"  # linear | cosine | constant
+    warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
+    loss_reduction: str = "token"  # token | task | sample
+    task_weights: dict[str, float] | None = None  # loss weight per task, default 1
+    label_smoothing_factor: float = 0.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_reentrant: bool = False
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    deepspeed: str | None = None  # a DeepSpeed JSON; "auto" values are filled in
+    # following along
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    eval_split: str = "validation"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    metric_for_best_model: str = "score"  # score | loss
+    early_stopping_patience: int | None = None  # evaluations without a better one
+    resume_from_checkpoint: str | None = None  # true | PATH
+    report_to: tuple[str, ...] = ("wandb",)
+    run_name: str | None = None
+    track: TrackConfig = field(default_factory=TrackConfig)
