@@ -60,7 +60,7 @@ def accuracy(predictions: Sequence[str], rows: Sequence[Row], labels: Labels = N
 
 
 def exact_match(predictions: Sequence[str], rows: Sequence[Row], labels: Labels = None) -> float:
-    """Share of rows whose prediction is one of the accepted answers (after :func:`normalise`; case counts)."""
+    """Share of rows whose prediction is an accepted answer (after :func:`normalise`; case counts)."""
     return _mean_best(lambda p, answer: float(normalise(p) == normalise(answer)), predictions, rows)
 
 
@@ -105,7 +105,7 @@ def _rouge_l(prediction: str, answer: str) -> float:
 
 
 def rouge_l(predictions: Sequence[str], rows: Sequence[Row], labels: Labels = None) -> float:
-    """ROUGE-L F-measure (Lin, 2004): longest common subsequence, best over the accepted answers, mean of rows.
+    """ROUGE-L F-measure (Lin, 2004): longest common subsequence, best over the accepted answers, mean.
 
     Tokens are split at whitespace and compared as they are: no stemming, no lower-casing.
     """
@@ -136,7 +136,7 @@ def _need_labels(name: str, labels: Labels) -> Sequence[str]:
 def f1(
     predictions: Sequence[str], rows: Sequence[Row], labels: Labels = None, *, of: Sequence[str] = ()
 ) -> float:
-    """F1 of one class, or the mean F1 of the classes ``of``; a class neither present nor predicted counts 0."""
+    """F1 of one class, or the mean over the classes ``of``; a class neither present nor predicted counts 0."""
     counts = _counts(predictions, rows, of)
     scores = [2 * hits / (n_found + n_wanted) if hits else 0.0 for hits, n_found, n_wanted in counts.values()]
     return sum(scores) / len(scores)
@@ -174,8 +174,8 @@ def resolve(spec: str, labels: Labels) -> Metric:
         labels: the task's label set, or None.
 
     Returns:
-        A function of ``(predictions, rows)`` that gives a float in [0, 1]; it raises ValueError when there are
-        no rows or the two lengths differ.
+        A function of ``(predictions, rows)`` that gives a float in [0, 1]; it raises ValueError when there
+        are no rows or the two lengths differ.
 
     Raises:
         ConfigError: no such metric, no such label, or a metric of classes for a task without labels.
