@@ -1,0 +1,196 @@
+"""What one forward pass is about: the tasks of its rows, a Plan per row space, the gates.
+
+Legend: B sequences, L positions, M rows (tokens), K d_in, T tasks, Tb tasks in this batch, H heads, E experts,
+k slots a task.
+
+A :class:`Context` belongs to one forward pass. It reaches the layers through a context variable and is *captured*
+where activation checkpointing will recompute (:func:`bind`), never looked up at recompute: between a forward and its
+backward other forwards may have run, with other tasks, and a backward may run on autograd's own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskmoe.kernels.plan import Plan
+from taskmoe.moe.tasks import TaskError
+
+
+class RowSpaceError(ValueError):
+    """Rows that cannot be assigned to tasks."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How the experts of one routing group combine.
+
+    values: [Tb, H, k] float, the gates. slots: [Tb, H, k] int64, the expert behind each gate; None: k = E and
+    gate j belongs to expert j.
+    """
+
+    values: Tensor
+    slots: Tensor | None = None
+
+
+class Context:
+    """Tasks, plans and gates of one forward pass.
+
+    Args:
+        task_ids: id of the task of each sequence ([B]) or of each position ([B][L], packed rows).
+        gates: one :class:`Gate` a routing group, rows in the order of :attr:`tasks`.
+        enabled: False runs the base model alone.
+    """
+
+    def __init__(self, task_ids: Sequence[Any], gates: Sequence[Gate] = (), enabled: bool = True) -> None:
+        self.packed = bool(task_ids) and isinstance(task_ids[0], (list, tuple))
+        self.num_sequences = len(task_ids)
+        flat = [t for row in task_ids for t in row] if self.packed else list(task_ids)
+        self.tasks = sorted(set(flat))  # ids of the tasks in this batch
+        index = {t: i for i, t in enumerate(self.tasks)}
+        self._row_index = [index[t] for t in flat]
+        self.gates = list(gates)
+        self.enabled = enabled
+        self.bridge: GateBridge | None = None
+        self._plans: dict[int, Plan] = {}
+
+    def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
+        """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).
+
+        A batch of B sequences owns M / B consecutive rows each: M = B, B * L, B * beams * L. Packed batches know
+        their positions, so M must be B * L.
+
+        Raises:
+            RowSpaceError: the rows cannot be split evenly over the sequences; names the module.
+        """
+        rows = 1
+        for size in lead:
+            rows *= size
+        plan = self._plans.get(rows)
+        if plan is None:
+            if self.packed:
+                if rows != len(self._row_index):
+                    raise RowSpaceError(
+                        f"{name}: {rows} rows (leading shape {tuple(lead)}) but task_ids name "
+                        f"{len(self._row_index)} positions; packed batches reach only modules that keep every "
+                        "position: exclude this one with exclude_modules"
+                    )
+                plan = Plan.from_rows(self._row_index, len(self.tasks))
+            else:
+                if rows == 0 or rows % self.num_sequences:
+                    raise RowSpaceError(
+                        f"{name}: {rows} rows (leading shape {tuple(lead)}) cannot be assigned to the "
+                        f"{self.num_sequences} sequences of task_ids; exclude it with exclude_modules"
+                    )
+                plan = Plan.from_sequences(self._row_index, rows // self.num_sequences, len(self.tasks))
+            self._plans[rows] = plan
+        return plan
+
+
+_current: ContextVar[Context | None] = ContextVar("taskmoe_context", default=None)
+
+
+def current(name: str) -> Context:
+    """The context of the running forward pass, on behalf of module ``name``.
+
+    Raises:
+        TaskError: no forward pass of a TaskMoEModel is running.
+    """
+    context = _current.get()
+    if context is None:
+        raise TaskError(
+            f"{name}: no tasks are known here. Call the model that attach() returned, with task_ids; "
+            "inside your own activation checkpointing wrap the function with taskmoe.moe.bind"
+        )
+    return context
+
+
+@contextmanager
+def use(context: Context) -> Iterator[Context]:
+    """Make ``context`` the current one for the body."""
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)
+
+
+def bind(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with the present context captured, for code that will run it again in backward."""
+    context = _current.get()
+    if context is None:
+        return function
+
+    @wraps(function, updated=())
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        with use(context):
+            return function(*args, **kwargs)
+
+    return bound
+
+
+def bind_checkpointing(modules: Sequence[torch.nn.Module]) -> None:
+    """Wrap the checkpointing function that transformers put on ``modules`` so that recomputes keep their context."""
+    for module in modules:
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not getattr(checkpoint, "_taskmoe_bound", False):
+            module._gradient_checkpointing_func = _bound_checkpoint(checkpoint)  # type: ignore[assignment]
+
+
+def _bound_checkpoint(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(bind(function), *args, **kwargs)
+
+    run._taskmoe_bound = True  # type: ignore[attr-defined]
+    return run
+
+
+class GateBridge:
+    """Brings the gradient of the gates back to the routers in the one ordinary backward pass.
+
+    The graph between routers and layers is cut: layers see leaves. (Uncut, a reentrant recompute would walk through
+    the routers once a layer: "backward through the graph a second time".) Every path from a layer back to the start
+    passes through an input embedding, so an identity there runs after all layers have left their gradient on the
+    leaves, and can hand it to the real gates. Models with several embeddings (encoder, decoder) chain the identities
+    by a scalar, so that the one that holds the gates runs last.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        """values: [S, Tb, H, k], the real gates of S routing groups, with their graph."""
+        self.leaves = [v.detach().requires_grad_() for v in values.unbind(0)]
+        self._carrier = values
+        self.calls = 0
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """Identity on ``embeddings`` (any shape, floating point)."""
+        out, self._carrier = _Bridge.apply(self if self.calls == 0 else None, embeddings, self._carrier)
+        self.calls += 1
+        return out
+
+    def take_gradients(self) -> list[Tensor]:
+        """The gradients on the leaves (zeros where a group was not used), which are cleared."""
+        gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in self.leaves]
+        for leaf in self.leaves:
+            leaf.grad = None
+        return gradients
+
+
+class _Bridge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bridge: GateBridge | None, embeddings: Tensor, carrier: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.bridge = bridge  # a Python object: its leaves must not become inputs of this node
+        ctx.carrier_like = carrier.new_empty(()).expand(carrier.shape)
+        return embeddings.clone(), carrier.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor]:  # type: ignore[override]
+        if ctx.bridge is None:
+            return None, grad_embeddings, torch.zeros_like(ctx.carrier_like)
+        return None, grad_embeddings, torch.stack(ctx.bridge.take_gradients())

@@ -1,0 +1,121 @@
+"""Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.model import GROUPS, TaskMoEModel, task_dims
+from taskmoe.moe.tasks import TaskTable
+
+WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
+FORMAT = 1
+
+
+class StateError(ValueError):
+    """A saved adapter that cannot be read or does not fit the model."""
+
+
+def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter of ``model``; ``state`` replaces its own tensors (gathered ones under ZeRO-3).
+
+    Raises:
+        StateError: a tensor is empty (a partitioned one that was not gathered).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.adapter_state_dict() if state is None else state
+    empty = [n for n, t in state.items() if t.numel() == 0]
+    if empty:
+        raise StateError(f"{empty[0]} is empty; gather partitioned parameters before saving")
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    base = getattr(getattr(model.base_model, "config", None), "_name_or_path", None)
+    config = {"peft_type": "TASKMOE", "format": FORMAT, "base_model_name_or_path": base, **model.moe_config.to_dict()}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    model.tasks.save(folder / TASKS)
+
+
+def read_config(folder: str | Path) -> TaskMoEConfig:
+    """The TaskMoEConfig of a saved adapter.
+
+    Raises:
+        StateError: adapter_config.json is missing, broken, or of another kind.
+    """
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("peft_type") != "TASKMOE" or values.pop("format") != FORMAT:
+            raise StateError(f"{path}: not a taskmoe adapter of format {FORMAT}")
+        values.pop("base_model_name_or_path", None)
+        return TaskMoEConfig.from_dict(values)
+    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
+        raise StateError(f"{path}: not a readable adapter config ({type(error).__name__}: {error})") from error
+
+
+def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
+    """Load a saved adapter into an attached model whose task table starts with the adapter's.
+
+    Rows of tasks that the adapter does not know follow ``moe_config.new_task_rows``: the mean of the known rows, zero,
+    or what the model was initialised with (random).
+
+    Raises:
+        StateError: unreadable file; missing, unexpected or misshapen tensors.
+        TaskError: the adapter's tasks are not the first tasks of the model's table; names those that differ.
+    """
+    folder = Path(folder)
+    saved = TaskTable.load(folder / TASKS)
+    saved.require_prefix_of(model.tasks)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
+    groups = model.parameter_groups()
+    own = {n: p for g in GROUPS[1:] for n, p in groups[g]}
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"
+        raise StateError(f"{folder / WEIGHTS} {what} ({len(missing)} missing, {len(extra)} unexpected): other settings?")
+    dims = task_dims(model)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            value = state[name]
+            if name in dims and len(saved) < len(model.tasks):
+                value = _grown(value, parameter, dims[name], model.moe_config.new_task_rows)
+            if value.shape != parameter.shape:
+                raise StateError(
+                    f"{folder / WEIGHTS}: {name} has shape {tuple(value.shape)}, the model needs "
+                    f"{tuple(parameter.shape)}: other settings?"
+                )
+            parameter.copy_(value)
+
+
+def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
+    """``value`` with rows appended along ``axis`` up to the size of ``parameter``."""
+    if value.dim() != parameter.dim() or value.shape[axis] >= parameter.shape[axis]:
+        return value
+    new = parameter.detach().cpu().narrow(axis, value.shape[axis], parameter.shape[axis] - value.shape[axis])
+    if rule == "mean":
+        new = value.mean(axis, keepdim=True).expand_as(new)
+    elif rule == "zero":
+        new = torch.zeros_like(new)
+    return torch.cat([value, new.to(value.dtype)], axis)
+
+
+def load_model(
+    base_model: nn.Module, folder: str | Path, tasks: TaskTable | None = None, **kwargs: Any
+) -> TaskMoEModel:
+    """Attach as the saved config says, then :func:`load_adapter`. ``tasks``: a longer table, else the saved one."""
+    from taskmoe.moe.attach import attach
+
+    config = read_config(folder)
+    table = TaskTable.load(Path(folder) / TASKS) if tasks is None else tasks
+    model = attach(base_model, config, table, **kwargs)
+    load_adapter(model, folder)
+    return model

@@ -1,0 +1,114 @@
+"""Which modules get a bank, by PEFT's conventions for ``target_modules``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+
+LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a module that maps [..., d_in] to [..., d_out] by a weight, else None."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(d_in, int) and isinstance(d_out, int) and hasattr(module, "weight"):
+        return d_in, d_out
+    return None
+
+
+def _matches(name: str, pattern: str | tuple[str, ...]) -> bool:
+    """PEFT's rule: a string is a regex on the whole name, a list holds name suffixes."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == p or name.endswith("." + p) for p in pattern)
+
+
+def layer_number(name: str) -> int | None:
+    """The first number in a dotted name: 3 of ``model.layers.3.mlp.up_proj``."""
+    found = LAYER_NUMBER.search(name)
+    return int(found.group(1)) if found else None
+
+
+def find_targets(model: nn.Module, config: TaskMoEConfig) -> dict[str, nn.Module]:
+    """{name: module} of the linears that ``config`` selects, in the order of the model.
+
+    "all-linear" is every linear except the output embeddings and the classification head.
+
+    Raises:
+        ConfigError: nothing matches, or a name in a list matches nothing; lists the closest names.
+    """
+    candidates = {n: m for n, m in model.named_modules() if features(m) is not None}
+    pattern = config.target_modules
+    if pattern == "all-linear":
+        outputs = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {n: m for n, m in candidates.items() if m is not outputs}
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            inner = {id(m) for m in model.base_model.modules()}  # type: ignore[union-attr,operator]
+            chosen = {n: m for n, m in chosen.items() if id(m) in inner}
+    else:
+        chosen = {n: m for n, m in candidates.items() if _matches(n, pattern)}
+        if not isinstance(pattern, str):
+            for wanted in pattern:
+                if not any(_matches(n, (wanted,)) for n in candidates):
+                    raise ConfigError(_no_match("target_modules", wanted, candidates))
+    if not chosen:
+        raise ConfigError(_no_match("target_modules", pattern, candidates))
+    if config.exclude_modules is not None:
+        kept = {n: m for n, m in chosen.items() if not _matches(n, config.exclude_modules)}
+        if len(kept) == len(chosen):
+            raise ConfigError(_no_match("exclude_modules", config.exclude_modules, chosen))
+        chosen = kept
+    if config.layers_to_transform is not None:
+        wanted_layers = config.layers_to_transform
+        numbers = {wanted_layers} if isinstance(wanted_layers, int) else set(wanted_layers)
+        missing = numbers - {layer_number(n) for n in chosen}
+        if missing:
+            raise ConfigError(f"moe.layers_to_transform: no target in layers {sorted(missing)}; pick layers that exist")
+        chosen = {n: m for n, m in chosen.items() if layer_number(n) in numbers}
+    if not chosen:
+        raise ConfigError("moe.exclude_modules leaves no target; exclude less")
+    return chosen
+
+
+def _no_match(key: str, pattern: object, candidates: dict[str, nn.Module]) -> str:
+    leaves = sorted({n.rpartition(".")[2] for n in candidates} - {""})
+    wanted = pattern if isinstance(pattern, str) else str(pattern)
+    near = difflib.get_close_matches(wanted, [*leaves, *candidates], n=4, cutoff=0.4) or leaves[:8]
+    return f"moe.{key}: {pattern!r} matches no linear layer; the closest names are {', '.join(near)}"
+
+
+def rank_of(name: str, config: TaskMoEConfig) -> int:
+    """The rank of one expert of a target: ``rank_pattern`` (name suffix or regex, as in PEFT), else ``r``."""
+    for pattern, rank in (config.rank_pattern or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return config.r
+
+
+def check_rank_pattern(names: list[str], config: TaskMoEConfig) -> None:
+    """Raises:
+    ConfigError: a key of ``rank_pattern`` that matches no target.
+    """
+    for pattern in config.rank_pattern or {}:
+        if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in names):
+            raise ConfigError(f"moe.rank_pattern: {pattern!r} matches no target; targets are {', '.join(names[:8])} ...")
+
+
+def routing_group(name: str, scope: str) -> str:
+    """The name of the group of layers that a target shares its routing with."""
+    if scope == "linear":
+        return name
+    if scope == "model":
+        return "model"
+    found = LAYER_NUMBER.search(name)
+    if found is None:
+        return name.rpartition(".")[0] or name
+    end = found.end(1) if scope == "layer" else found.start(1)
+    return name[:end].rstrip(".")
