@@ -100,6 +100,7 @@ class PhaseConfig:
     task_embedding_learning_rate: float | None = None
     base_learning_rate: float | None = None
     router_temperature: tuple[float, float] | None = None  # from, to (linear over the phase)
+    restart_schedule: bool = False  # warm-up and decay begin anew here; False: one schedule over the run
 
 
 @dataclass(frozen=True)
