@@ -166,7 +166,8 @@ def _check(
 ) -> None:
     if A_GErK.dim() != 4 or B_GErN.dim() != 4 or A_GErK.shape[:3] != B_GErN.shape[:3]:
         raise ValueError(
-            f"A is {tuple(A_GErK.shape)} and B {tuple(B_GErN.shape)}; they must be [G, E, r, K] and [G, E, r, N]"
+            f"A is {tuple(A_GErK.shape)} and B {tuple(B_GErN.shape)}; "
+            "they must be [G, E, r, K] and [G, E, r, N]"
         )
     (G, E, _, K), N, T = A_GErK.shape, B_GErN.shape[3], plan.num_tasks
     if G not in (1, T):
@@ -179,7 +180,9 @@ def _check(
         raise ValueError(f"gates are {tuple(gates_Tk.shape)}; they must be [T, k] with the plan's {T} tasks")
     if slots_Tk is None:
         if gates_Tk.shape[1] != E:
-            raise ValueError(f"gates have {gates_Tk.shape[1]} slots for {E} experts; give slots or one gate each")
+            raise ValueError(
+                f"gates have {gates_Tk.shape[1]} slots for {E} experts; give slots or one gate each"
+            )
     elif slots_Tk.shape != gates_Tk.shape or slots_Tk.dtype != torch.int64:
         raise ValueError(
             f"slots are {tuple(slots_Tk.shape)} {slots_Tk.dtype}; "
@@ -222,7 +225,7 @@ def _fake_bwd(
 
 
 def _register() -> None:
-    """Define the ops once: torch keeps them for the life of the process, also when this module is reloaded."""
+    """Define the ops once: torch keeps them for the life of the process, whatever happens to this module."""
     if hasattr(torch.ops.taskmoe, "low_rank_bwd"):
         return
     torch.library.define(

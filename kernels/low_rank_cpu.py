@@ -15,13 +15,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# What one more segment costs, in units of one row times one bank row (both matmuls): python and dispatch.
-SEGMENT_COST = 1024
+# What one more segment costs (dispatch, gather, scatter), in multiply-adds; measured on one CPU core.
+SEGMENT_COST = 2**21
 
 
-def use_segments(rows: int, segments: int, experts: int, slots: int, r: int) -> bool:
+def use_segments(rows: int, segments: int, experts: int, slots: int, r: int, width: int) -> bool:
     """Whether walking the segments costs less than multiplying every row by every expert."""
-    return rows * slots * r + segments * SEGMENT_COST < rows * experts * r
+    return segments * SEGMENT_COST < rows * (experts - slots) * r * width
+
+
+def _walk(slots_Tk: Tensor, A_GErK: Tensor, B_GErN: Tensor, M: int, tables: Sequence[Tensor]) -> bool:
+    (E, r, K), N = A_GErK.shape[1:], B_GErN.shape[3]
+    return use_segments(M, len(tables[-1]), E, slots_Tk.shape[1], r, K + N)
 
 
 def low_rank_fwd(
@@ -39,7 +44,7 @@ def low_rank_fwd(
     acc = _accumulator(x_MK.dtype)
     A_ErK, B_ErN = A_GErK[0].to(x_MK.dtype), B_GErN[0].to(x_MK.dtype)
     gates_TR = _columns(gates_Tk.to(acc) * scale, r)
-    if slots_Tk is not None and use_segments(M, len(tables[-1]), E, slots_Tk.shape[1], r):
+    if slots_Tk is not None and _walk(slots_Tk, A_GErK, B_GErN, M, tables):
         s_MR = x_MK.new_empty(M, slots_Tk.shape[1] * r)
         out_MN = x_MK.new_empty(M, B_ErN.shape[2])
         gathered = _Gathered(slots_Tk, A_ErK, B_ErN)
@@ -84,7 +89,7 @@ def low_rank_bwd(
     none = x_MK.new_empty(0)
     dx = dA = dB = dgates = none
 
-    if slots_Tk is not None and use_segments(M, len(tables[-1]), E, slots_Tk.shape[1], r):
+    if slots_Tk is not None and _walk(slots_Tk, A_GErK, B_GErN, M, tables):
         gathered = _Gathered(slots_Tk, A_ErK, B_ErN)
         dh_MR = torch.empty_like(s_MR)
         dx = torch.empty_like(x_MK) if need_x else none

@@ -49,7 +49,8 @@ class Plan:
             )
         if self.offsets[0] != 0 or self.offsets[-1] != self.rows:
             raise ValueError(
-                f"offsets go from {self.offsets[0]} to {self.offsets[-1]}; they must cover rows 0 to {self.rows}"
+                f"offsets go from {self.offsets[0]} to {self.offsets[-1]}; "
+                f"they must cover rows 0 to {self.rows}"
             )
         for start, end in pairwise(self.offsets):
             if start >= end:

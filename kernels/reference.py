@@ -1,6 +1,7 @@
 """The truth in plain torch: slow, loops over segments and slots, differentiated by autograd.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, G 1 or T, H heads.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, G 1 or T,
+H heads.
 """
 
 from __future__ import annotations
