@@ -1,0 +1,1 @@
+"""Following a run: the log file, the terminal, wandb."""
