@@ -48,7 +48,7 @@ def rates(
     if config.strategy not in MIXTURES:
         near = difflib.get_close_matches(str(config.strategy), MIXTURES, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"mixing.strategy: {config.strategy!r} is not one of {', '.join(MIXTURES)}; the nearest is {near!r}"
+            f"mixing.strategy: {config.strategy!r} is not one of {', '.join(MIXTURES)}; nearest is {near!r}"
         )
     spent = [0.0] * len(sizes) if drawn is None else [float(n) for n in drawn]
     shares = MIXTURES[config.strategy](config, sizes, names, spent, budget)
@@ -221,15 +221,15 @@ class MixtureSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; tasks appended since start at their first row, with the rates they have here.
+        """Continue from a state; tasks appended since start at their first row, at the rates they have here.
 
         Raises:
             ConfigError: another seed, or other numbers of rows: it would not be the stream that was left.
         """
         if state["seed"] != self.seed:
             raise ConfigError(
-                f"seed: the checkpoint's rows were drawn with seed {state['seed']}, this run has {self.seed}; "
-                "resume with the same seed"
+                f"seed: the checkpoint's rows were drawn with seed {state['seed']}, this run has "
+                f"{self.seed}; resume with the same seed"
             )
         known = len(state["sizes"])
         if list(state["sizes"]) != self.sizes[:known]:

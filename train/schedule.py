@@ -35,7 +35,7 @@ def constant(step: int, total: int, warmup: int) -> float:
 
 
 def warmup_steps(config: Config, total: int) -> int:
-    """Warm-up in a schedule of ``total`` steps: ``warmup_steps``, else ``warmup_ratio`` of them, rounded up."""
+    """Steps of warm-up out of ``total``: ``warmup_steps``, else ``warmup_ratio`` of them, rounded up."""
     if config.warmup_steps is not None:
         return min(config.warmup_steps, total)
     return math.ceil(total * config.warmup_ratio)
