@@ -1,8 +1,8 @@
 """The loss: sum over tasks of w_t S_t / N, whatever the split into micro-batches and ranks.
 
 S_t is the loss sum of task t over a whole optimiser step (all ranks, all accumulation), N the step's number
-of target tokens. Because N counts the whole step, it must be known before the first backward pass: :func:`count` reads
-it from the labels alone; the caller adds the counts over micro-batches and ranks.
+of target tokens. Because N counts the whole step, it must be known before the first backward pass:
+:func:`count` reads it from the labels alone; the caller adds the counts over micro-batches and ranks.
 
 Shapes: B sequences, L positions (Lt of the decoder), V vocabulary or labels, T tasks, n targets.
 """
@@ -44,8 +44,8 @@ class Counts:
 class Targets:
     """Where a batch has targets, one entry a target, in the order of the batch (all int64 [n]).
 
-    ``rows_n`` indexes the flattened logits ([B * L, V]), ``labels_n`` is the right class, ``tasks_n`` its task,
-    ``sequences_n`` the sequence it belongs to (packed rows hold several).
+    ``rows_n`` indexes the flattened logits ([B * L, V]), ``labels_n`` is the right class, ``tasks_n`` its
+    task, ``sequences_n`` its sequence (packed rows hold several).
     """
 
     rows_n: Tensor
