@@ -86,15 +86,14 @@ def low_rank_bwd(
     need_x, need_A, need_B, need_gates = needs
     A_ErK, B_ErN = A_GErK[0].to(x_MK.dtype), B_GErN[0].to(x_MK.dtype)
     gates_TR = _columns(gates_Tk.to(acc) * scale, r)
-    none = x_MK.new_empty(0)
-    dx = dA = dB = dgates = none
+    dx, dA, dB, dgates = (x_MK.new_empty(0) for _ in needs)  # one each: outputs of an op must not alias
 
     if slots_Tk is not None and _walk(slots_Tk, A_GErK, B_GErN, M, tables):
         gathered = _Gathered(slots_Tk, A_ErK, B_ErN)
         dh_MR = torch.empty_like(s_MR)
-        dx = torch.empty_like(x_MK) if need_x else none
-        dA = A_GErK.new_zeros(A_GErK.shape, dtype=acc) if need_A else none
-        dB = B_GErN.new_zeros(B_GErN.shape, dtype=acc) if need_B else none
+        dx = x_MK.new_empty(x_MK.shape) if need_x else dx
+        dA = A_GErK.new_zeros(A_GErK.shape, dtype=acc) if need_A else dA
+        dB = B_GErN.new_zeros(B_GErN.shape, dtype=acc) if need_B else dB
         for t, start, end in _segments(tables):
             A_RK, B_RN = gathered[t]
             rows, task = slice(start, end), t if G > 1 else 0
@@ -109,7 +108,8 @@ def low_rank_bwd(
             if need_B:
                 part = torch.mm((s_MR[rows] * gates_TR[t]).t(), dy_MN[rows].to(acc))
                 _add_rows_(dB[task], slots_Tk[t], part.view(-1, r, part.shape[1]))
-        dA, dB = dA.to(A_GErK.dtype), dB.to(B_GErN.dtype)
+        dA = dA.to(A_GErK.dtype) if need_A else dA
+        dB = dB.to(B_GErN.dtype) if need_B else dB
         if need_gates:
             dgates = _gate_gradient(dh_MR, s_MR, gates_Tk, scale, tables)
         return dx, dA, dB, dgates

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taskmoe.kernels import low_rank_cpu, reference
+from taskmoe.kernels.low_rank import low_rank
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+@pytest.fixture(params=["dense", "segments"])
+def way(request, monkeypatch) -> str:
+    """Both ways through the CPU path, whatever the shape would choose."""
+    monkeypatch.setattr(low_rank_cpu, "use_segments", lambda *_: request.param == "segments")
+    return request.param
+
+
+def assert_same(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert found.keys() == truth.keys()
+    for name, value in truth.items():
+        assert found[name].dtype == value.dtype, name
+        largest = max(float(value.abs().max()) if value.numel() else 0.0, 1.0)
+        error = float((found[name] - value).abs().max()) if value.numel() else 0.0
+        assert error <= tolerance * largest, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("G", [1, 4])
+@pytest.mark.parametrize("r", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("k", [None, 1, 3])
+def test_forward_and_gradients_are_the_reference(make_case, run_op, way, dtype, G, r, k) -> None:
+    case = make_case(dtype=dtype, G=G, r=r, k=k)
+    assert_same(run_op(low_rank, case), run_op(reference.low_rank, case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"task_of_row": [1]},
+        {"task_of_row": [2] * 6},
+        {"task_of_row": [3, 1, 3, 0, 3], "K": 1, "N": 1},
+        {"task_of_row": [0, 1, 2, 3] * 5, "K": 33, "N": 17, "experts": 11},
+        {"task_of_row": [0] * 4, "num_tasks": 1, "experts": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [None, 2])
+def test_odd_shapes(make_case, run_op, way, shape, k) -> None:
+    for G in {1, shape.get("num_tasks", 4)}:
+        case = make_case(**shape, k=k, G=G)
+        assert_same(run_op(low_rank, case), run_op(reference.low_rank, case), 1e-12)
+
+
+def test_no_rows_give_no_rows_and_zero_gradients(make_case, run_op, way) -> None:
+    for k in (None, 2):
+        found = run_op(low_rank, make_case(task_of_row=[], k=k, G=4))
+        assert found["out"].shape == (0, 9) and found["x"].shape == (0, 7)
+        assert all(found[name].count_nonzero() == 0 for name in ("A_g", "B_g", "gates"))
+
+
+def test_without_y_the_product_alone(make_case, run_op, way) -> None:
+    for k in (None, 2):
+        case = make_case(with_y=False, k=k)
+        assert_same(run_op(low_rank, case), run_op(reference.low_rank, case), 1e-12)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_an_expert_in_two_slots_counts_twice(make_case, run_op, way, G) -> None:
+    case = make_case(slots=[[1, 1, 3], [3, 1, 3], [1, 1, 1], [0, 0, 0]], G=G)
+    found = run_op(low_rank, case)
+    assert_same(found, run_op(reference.low_rank, case), 1e-12)
+    # Task 3 has no rows, so nobody uses experts 0, 2 and 4: zeros, and not merely small.
+    for bank in ("A_g", "B_g"):
+        assert found[bank][:, [0, 2, 4]].count_nonzero() == 0
+    assert found["gates"][3].count_nonzero() == 0
+    assert found["gates"][:3].count_nonzero() == 9
+
+
+def test_gradients_of_tasks_add_up_and_each_is_that_of_its_rows(make_case, run_op, way) -> None:
+    for k in (None, 2):
+        case = make_case(k=k)
+        together, apart = run_op(low_rank, case), run_op(low_rank, case.with_task_axis(4))
+        rows = case.plan.row_tasks()
+        for bank in ("A", "B"):
+            torch.testing.assert_close(apart[f"{bank}_g"].sum(0), together[bank], rtol=1e-12, atol=1e-12)
+        for t in range(4):
+            upstream = torch.linspace(-1, 1, rows.numel() * 9, dtype=torch.float64).view(-1, 9)
+            alone = run_op(low_rank, case, upstream * (rows == t)[:, None])
+            for bank in ("A", "B"):
+                torch.testing.assert_close(apart[f"{bank}_g"][t], alone[bank], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [None, 2])
+def test_low_precision_rows_with_fp32_banks(make_case, run_op, way, dtype, k) -> None:
+    case = make_case(dtype=dtype, bank_dtype=torch.float32, k=k, K=32, N=24, G=4)
+    found, truth = run_op(low_rank, case), run_op(reference.low_rank, case)
+    assert found["out"].dtype == found["x"].dtype == dtype
+    assert found["A"].dtype == found["B_g"].dtype == found["gates"].dtype == torch.float32
+    # A rounding of x, of the bank, of s and of the result, against a truth that rounds the result only.
+    assert_same(found, truth, 4 * torch.finfo(dtype).eps)
+
+
+def test_weight_gradients_of_low_precision_rows_are_summed_in_fp32(make_case, run_op, way) -> None:
+    # 4096 equal contributions: a bf16 sum would stall at 256 times one contribution.
+    case = make_case(task_of_row=[0] * 4096, num_tasks=1, experts=1, r=1, K=1, N=1, k=1, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for leaf in case.leaves().values():
+            leaf.fill_(1)
+    found = run_op(low_rank, case, torch.ones(4096, 1, dtype=torch.bfloat16))
+    assert found["A"].item() == found["B"].item() == found["gates"].item() == 4096 * case.scale
+
+
+def test_the_same_bits_every_time(make_case, run_op, way) -> None:
+    for k in (None, 3):
+        case = make_case(
+            task_of_row=[i // 7 % 4 for i in range(200)], dtype=torch.float32, k=k, K=65, N=130, G=4
+        )
+        first = run_op(low_rank, case)
+        for _ in range(5):
+            for name, value in run_op(low_rank, case).items():
+                assert torch.equal(value, first[name]), name
+
+
+def test_zero_B_adds_exactly_nothing(make_case, way) -> None:
+    for k in (None, 2):
+        case = make_case(dtype=torch.float32, k=k)
+        with torch.no_grad():
+            case.B.zero_()
+        assert torch.equal(low_rank(*case.args()), case.y)
+
+
+def test_only_what_is_needed_is_computed(make_case, way) -> None:
+    for k in (None, 2):
+        case = make_case(k=k)
+        x, _, A, B, gates, slots, scale, plan = (t.detach() if torch.is_tensor(t) else t for t in case.args())
+        tables = plan.op_tables()
+        out, s = low_rank_cpu.low_rank_fwd(x, None, A, B, gates, slots, scale, tables)
+        dy = torch.ones_like(out)
+        every = low_rank_cpu.low_rank_bwd(dy, x, s, A, B, gates, slots, scale, tables, [True] * 4)
+        for i in range(4):
+            needs = [i == j for j in range(4)]
+            one = low_rank_cpu.low_rank_bwd(dy, x, s, A, B, gates, slots, scale, tables, needs)
+            assert torch.equal(one[i], every[i])
+            assert all(one[j].numel() == 0 for j in range(4) if j != i)
+
+
+def test_the_way_is_chosen_by_shape() -> None:
+    def choose(**changes: int) -> bool:
+        shape = {"rows": 2048, "segments": 8, "experts": 64, "slots": 2, "r": 8, "width": 2048} | changes
+        return low_rank_cpu.use_segments(*shape.values())
+
+    assert choose()
+    assert not choose(rows=8)
+    assert not choose(segments=2048)
+    assert not choose(experts=2)
