@@ -162,7 +162,7 @@ def quieten(rank: int) -> None:
         transformers.utils.logging.disable_progress_bar()
         datasets.utils.logging.disable_progress_bar()
     # torch renamed two collectives in 2.13; DeepSpeed still calls the old names.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed(\..*)?")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
