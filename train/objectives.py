@@ -23,6 +23,34 @@ IGNORE = -100
 REDUCTIONS = ("token", "task", "sample")
 
 
+def model_inputs(
+    batch: Mapping[str, Any], task_type: str, model_config: Any, device: torch.device | str
+) -> dict[str, Any]:
+    """What of a batch the model's forward takes, on ``device``; labels stay with the loss, task ids on the CPU.
+
+    A decoder reads the labels shifted right by one, after ``model_config.decoder_start_token_id``.
+
+    Args:
+        batch: ``input_ids``, ``task_ids``, ``labels`` and, where there are, ``attention_mask``, ``position_ids``.
+        task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS.
+        model_config: of the Hugging Face model.
+    """
+    names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in batch]
+    inputs: dict[str, Any] = {n: batch[n].to(device) for n in names}
+    inputs["task_ids"] = batch["task_ids"]
+    if task_type == "SEQ_2_SEQ_LM":
+        labels_BL = batch["labels"].to(device)
+        start = labels_BL.new_full((labels_BL.shape[0], 1), model_config.decoder_start_token_id)
+        shifted_BL = torch.cat([start, labels_BL[:, :-1]], dim=1)
+        # What stands behind the last target is never scored, so any id will do.
+        inputs["decoder_input_ids"] = shifted_BL.masked_fill(
+            shifted_BL == IGNORE, model_config.pad_token_id or 0
+        )
+    if task_type != "SEQ_CLS":
+        inputs["use_cache"] = False  # nothing is generated; with a cache, packed rows would see each other
+    return inputs
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a step holds, per task. Counts add: over micro-batches, and over ranks by an all-reduce.

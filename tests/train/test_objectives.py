@@ -3,13 +3,14 @@ from __future__ import annotations
 from functools import reduce
 from itertools import pairwise
 from operator import add
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from taskmoe.moe.config import ConfigError
-from taskmoe.train.objectives import Counts, count, step_loss, targets, task_sums, token_losses
+from taskmoe.train.objectives import Counts, count, model_inputs, step_loss, targets, task_sums, token_losses
 
 T, V = 4, 7
 TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
@@ -202,3 +203,19 @@ def test_unknown_names_are_errors() -> None:
         step_loss(logits, batch, counts, WEIGHTS, task_type="SEQ_CLS", reduction="tokens")
     with pytest.raises(ConfigError, match="CLS"):
         token_losses(logits, batch, "CLS")
+
+
+def test_model_inputs_of_a_decoder_are_the_labels_shifted_right() -> None:
+    config = SimpleNamespace(decoder_start_token_id=9, pad_token_id=0)
+    batch = {
+        "input_ids": torch.tensor([[1, 2], [3, 0]]),
+        "attention_mask": torch.tensor([[1, 1], [1, 0]]),
+        "labels": torch.tensor([[4, 5, 6], [7, -100, -100]]),
+        "task_ids": torch.tensor([0, 1]),
+    }
+    inputs = model_inputs(batch, "SEQ_2_SEQ_LM", config, "cpu")
+    assert inputs["decoder_input_ids"].tolist() == [[9, 4, 5], [9, 7, 0]]
+    assert "labels" not in inputs and inputs["use_cache"] is False
+    causal = model_inputs(batch, "CAUSAL_LM", config, "cpu")
+    assert set(causal) == {"input_ids", "attention_mask", "task_ids", "use_cache"}
+    assert set(model_inputs(batch, "SEQ_CLS", config, "cpu")) == {"input_ids", "attention_mask", "task_ids"}
