@@ -33,6 +33,7 @@ class SkillGymConfig:
     test_rows: int = 100
     task_visible: bool = False  # True: the task's name stands in the input
     unseen_tasks: int = 0  # compositions kept out of training (generated, but not in the mixture)
+    correlation: float = 0.5  # probability that a task takes a skill from its own family
     seed: int = 0
 
 
@@ -112,6 +113,7 @@ class EvaluationConfig:
     max_rows: int | None = None  # per task, during training
     max_new_tokens: int = 32
     num_beams: int = 1
+    controls: bool = False  # score the end of training with the experts disabled and with uniform gates too
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Config:
     mixing: MixingConfig = field(default_factory=MixingConfig)
     # optimisation
     output_dir: str = "runs/run"
+    overwrite_output_dir: bool = False  # remove the run that output_dir holds
     seed: int = 42
     max_steps: int = 1000
     per_device_train_batch_size: int = 8
