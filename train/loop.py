@@ -1,0 +1,389 @@
+"""The training loop: step, evaluate, save. Read :meth:`Run.run` first, then :meth:`Run._step`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.moe.state import load_adapter, save_adapter
+from taskmoe.train import checkpoint
+from taskmoe.train.batches import StepBatches
+from taskmoe.train.config import Config, ConfigError
+from taskmoe.train.config_io import dump
+from taskmoe.train.data.collator import Batch
+from taskmoe.train.distributed import Ranks, all_sum, barrier, init, shutdown
+from taskmoe.train.engine import Engine, TrainingError
+from taskmoe.train.evaluate import evaluate
+from taskmoe.train.meter import Meter
+from taskmoe.train.mixing import MixtureSampler, excess, expected_epochs, rates
+from taskmoe.train.objectives import Counts, count, step_loss
+from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
+from taskmoe.train.setup import base_state, build_data, build_moe, load_base, load_base_state, save_base
+from taskmoe.train.signals import StopRequest
+from taskmoe.train.summary import controls_table, epochs_table
+from taskmoe.train.track.tracker import Tracker
+
+GATES_CHECKED_AT = 2  # optimiser step; B = 0 makes the first step's gradients of A and of the gates zero
+
+
+def train(config: Config) -> int:
+    """Train as ``config`` says, on however many ranks there are. Returns the exit code.
+
+    Raises:
+        ConfigError, DataError, TaskError, StateError, CheckpointError: something the user gave cannot be used.
+        TrainingError: a loss or gradient that is not finite, or a tensor that does not train.
+    """
+    ranks = init(config)
+    try:
+        with StopRequest() as stop:
+            return Run(config, ranks, stop).run()
+    finally:
+        shutdown(ranks)
+
+
+class Run:
+    """One run: its data, its model under an engine, and what it has seen."""
+
+    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest) -> None:
+        self.config, self.ranks, self.stop = config, ranks, stop
+        self.folder = Path(config.output_dir)
+        self.phases = resolve_phases(config)
+        self.resumed = self._checkpoint_to_resume()
+        self.state: dict[str, Any] = checkpoint.read_state(self.resumed) if self.resumed else {}
+        self.step = int(self.state.get("step", 0))
+        self.best: dict[str, Any] | None = self.state.get("best")
+        self.saved_step = self.step if self.resumed else -1
+        self.evaluated: dict[str, Any] | None = None  # results of the evaluation at the present step
+        known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
+        self.data = build_data(
+            config, ranks, ("train", config.eval_split), known, self.folder / "tokenizer" if self.resumed else None,
+            print if ranks.is_main else (lambda line: None),
+        )  # fmt: skip
+        bundle = self.data.bundle
+        self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
+        self._open_folder()
+        self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
+        self.sizes = [len(s.tokens) for s in self.splits]
+        self.meter = Meter(self.tasks, self.sizes)
+        weights = config.task_weights or {}
+        self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
+        for name, weight in weights.items():
+            self.weights_T[self.tasks.id(name)] = weight
+        self.batches = self._build_batches()
+        if self.state:
+            self._restore_counts()
+        self._logged_at = time.monotonic()
+        self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
+        self.engine: Engine
+        self.model: TaskMoEModel
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Phase after phase, to the end, an early stop, or a signal."""
+        status, self.trained_to_end = "failed", False
+        try:
+            for phase in self.phases[phase_at(self.phases, self.step).index :]:
+                if self.step < phase.end or phase is self.phases[-1]:
+                    self._enter(phase)
+                    if self._train(phase):
+                        break
+                    if phase is not self.phases[-1]:
+                        self._leave()
+            if self.stop.exit_code:
+                status = "interrupted"
+                return self.stop.exit_code
+            self._finish()
+            status = "finished"
+            return 0
+        finally:
+            self.tracker.close(status)
+
+    def _train(self, phase: Phase) -> bool:
+        """Train to the end of the phase. Returns whether the run ends early."""
+        every = self.config
+        mode = nullcontext() if phase.adapters else self.model.disable_adapter()
+        with mode:
+            while self.step < phase.end:
+                norm, rate = self._step(phase)
+                last = self.step == self.config.max_steps
+                if self.step % every.logging_steps == 0 or last:
+                    self._log(norm, rate)
+                save = last or bool(every.save_steps and self.step % every.save_steps == 0)
+                reason = self.stop.agreed()
+                self.evaluated = None
+                patience_over = False
+                if reason is None and (last or (every.eval_steps and self.step % every.eval_steps == 0)):
+                    improved, patience_over = self._evaluate()
+                    save = save or improved
+                if save or reason is not None or patience_over:
+                    self._save()
+                if reason is not None:
+                    self.tracker.line(
+                        f"stopped by {reason} after step {self.step}; saved {self._path(self.step)}. "
+                        "Go on with --resume_from_checkpoint true"
+                    )
+                    return True
+                if patience_over:
+                    self.tracker.line(f"stopped early: no better {every.metric_for_best_model} since step {self.best_step}")
+                    return True
+        return False
+
+    def _step(self, phase: Phase) -> tuple[float | None, dict[str, float]]:
+        """One optimiser step: count, accumulate, update."""
+        config, task_type = self.config, self.config.task_type
+        self.model.routing.temperature = phase.temperature(self.step)
+        batches = self.batches.next_step(phase.end - self.step)
+        parts = [count(b, task_type, len(self.tasks)) for b in batches]
+        mine = sum(parts[1:], parts[0])
+        both = all_sum(torch.stack([mine.tokens_T, mine.samples_T]))
+        counts = Counts(both[0], both[1])
+        self.model.train()
+        with self.engine.accumulate():
+            for batch in batches:
+                logits = self.engine.engine(**self._inputs(batch)).logits
+                loss, sums_T = step_loss(
+                    logits, batch, counts, self.weights_T, task_type=task_type,
+                    reduction=config.loss_reduction, label_smoothing=config.label_smoothing_factor,
+                )  # fmt: skip
+                self.engine.backward(loss)
+                self.meter.add(sums_T)
+        self.meter.count(counts)
+        if self.step - phase.start == GATES_CHECKED_AT - 1:
+            self._check_gradients()
+        rate = learning_rates(config, self.phases, self.step)
+        norm = self.engine.step(rate)
+        self.step += 1
+        return norm, rate
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model's forward takes; labels stay out, the loss is ours."""
+        device = self.ranks.device
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs: dict[str, Any] = {n: batch[n].to(device) for n in names if batch.get(n) is not None}  # type: ignore[union-attr]
+        if self.config.task_type == "SEQ_2_SEQ_LM":
+            labels = batch["labels"].to(device)
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        if self.config.task_type != "SEQ_CLS":
+            inputs["use_cache"] = False
+        inputs["task_ids"] = batch["task_ids"]  # on the CPU: the plan is built there
+        return inputs
+
+    # -- phases ---------------------------------------------------------------------------------------------------
+
+    def _enter(self, phase: Phase) -> None:
+        """Build the model and the engine of a phase; weights come from the phase before, or from the checkpoint."""
+        rng = checkpoint.rng_state() if self.step > 0 and self.carried is not None else None
+        self.model = build_moe(self.config, self.data.tokenizer, self.tasks, self.ranks)
+        inside = self.resumed is not None and self.step > phase.start
+        if self.carried is not None:
+            self._load_carried()
+        elif self.resumed is not None:
+            load_base(self.model, self.resumed)
+            load_adapter(self.model, self.resumed)
+        self.engine = Engine(self.model, self.config, phase, self.ranks)
+        if self.carried is None and inside:
+            assert self.resumed is not None
+            self.engine.load(self.resumed / "deepspeed")
+        if rng is not None:
+            checkpoint.set_rng_state(rng)
+        elif self.resumed is not None and self.carried is None:
+            checkpoint.load_rng(self.resumed, self.ranks)
+        else:
+            torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
+        self.carried = None
+        if self.step < phase.end:
+            self._announce(phase)
+
+    def _leave(self) -> None:
+        """Take all weights along and give the engine back."""
+        with self.engine.gathered(dict(self.model.named_parameters())):
+            state = base_state(self.model)
+            state.update({n: t.clone() for n, t in self.model.adapter_state_dict().items()})
+            self.carried = {n: t.clone() for n, t in state.items()}
+        self.engine.close()
+
+    def _load_carried(self) -> None:
+        assert self.carried is not None
+        adapters = {n: p for g, ps in self.model.parameter_groups().items() if g != "base" for n, p in ps}
+        load_base_state(self.model, {n: t for n, t in self.carried.items() if n not in adapters}, "the last phase")
+        with torch.no_grad():
+            for name, parameter in adapters.items():
+                parameter.copy_(self.carried[name])
+
+    def _announce(self, phase: Phase) -> None:
+        """Set the mixture of a phase and say what will happen."""
+        budget = phase.steps * self._rows_per_step
+        shares = rates(phase.mixing, self.sizes, self.tasks.names, budget)
+        if self.step == phase.start:
+            self.batches.sampler.set_rates(shares)
+        say = self.tracker.line
+        say(f"phase {phase.name}: steps {self.step} to {phase.end}, {self._rows_per_step} rows a step, "
+            f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}")  # fmt: skip
+        groups = self.model.trainable_groups()
+        sizes = {g: sum(getattr(p, "ds_numel", p.numel()) for _, p in ps) for g, ps in groups.items() if ps}
+        say("trains " + ", ".join(f"{g} {n:,} in {len(groups[g])} tensors" for g, n in sizes.items()))
+        if self.model.not_run:
+            say(f"no experts on {', '.join(self.model.not_run)}: a forward pass never runs them")
+        for line in epochs_table(self.tasks, self.sizes, shares, expected_epochs(shares, self.sizes, budget)):
+            say(line)
+        too_many = excess(phase.mixing, self.sizes, self.tasks.names, budget)
+        if too_many:
+            say(f"mixing.max_epochs: {phase.mixing.max_epochs} allows {budget - too_many} of the {budget} rows of this "
+                "phase; all tasks repeat more often")  # fmt: skip
+        if self.ranks.is_main and not (self.folder / "trainable.txt").exists():
+            (self.folder / "trainable.txt").write_text("\n".join(self.model.trainable_names()) + "\n")
+
+    # -- following along -----------------------------------------------------------------------------------------
+
+    def _log(self, norm: float | None, rate: dict[str, float]) -> None:
+        tokens, now = self.meter.tokens, time.monotonic()
+        metrics = self.meter.read()
+        metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
+        self._logged_at = now
+        metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
+        if norm is not None:
+            metrics["train/grad_norm"] = norm
+        self.tracker.log_train(self.step, metrics)
+        bad = [k.rpartition("/")[2] for k, v in metrics.items() if k.startswith("train/loss/") and v != v]
+        if bad:
+            raise TrainingError(f"step {self.step}: the loss of {', '.join(bad)} is not a number; lower the learning rate")
+
+    def _check_gradients(self) -> None:
+        zero = self.engine.gradient_report()
+        if zero:
+            self.tracker.line(
+                f"{len(zero)} trainable tensor(s) have a zero gradient after step {GATES_CHECKED_AT} of this phase "
+                f"(never routed, or not reached by the loss): {', '.join(zero[:8])}{' ...' if len(zero) > 8 else ''}"
+            )
+
+    def _evaluate(self) -> tuple[bool, bool]:
+        """Score the evaluation split. Returns (better than ever, patience is over)."""
+        splits = self.data.bundle.splits[self.config.eval_split]
+        if not any(len(s.tokens) for s in splits):
+            return False, False
+        results = evaluate(self.model, splits, self.data.tokenizer, self.config, self.data.collator, self.ranks)
+        self.evaluated = results
+        self.tracker.log_eval(self.step, {**{s.slug: results["tasks"][s.name] for s in self.tasks if s.name in results["tasks"]},
+                                          "macro": results["macro"], "score": results["score"]})  # fmt: skip
+        loss = self.config.metric_for_best_model == "loss"
+        value = -results["macro"]["loss"] if loss else results["score"]
+        improved = self.best is None or value > self.best["value"]
+        if improved:
+            self.best = {"step": self.step, "value": value, "waited": 0}
+        else:
+            assert self.best is not None
+            self.best = {**self.best, "waited": self.best["waited"] + 1}
+        patience = self.config.early_stopping_patience
+        return improved, patience is not None and self.best["waited"] >= patience
+
+    @property
+    def best_step(self) -> int | None:
+        return self.best["step"] if self.best else None
+
+    def _finish(self) -> None:
+        """The last words: a table per task, and where everything is."""
+        if self.evaluated is None:
+            return self.tracker.line(f"run folder: {self.folder}")
+        arms = {"experts": self.evaluated}
+        if self.config.evaluation.controls:
+            for name, mode in (("disabled", self.model.disable_adapter), ("uniform", self.model.uniform_gates)):
+                with mode():
+                    arms[name] = evaluate(
+                        self.model, self.data.bundle.splits[self.config.eval_split], self.data.tokenizer, self.config,
+                        self.data.collator, self.ranks,
+                    )  # fmt: skip
+        if self.ranks.is_main:
+            text = json.dumps({"step": self.step, "best": self.best, **arms}, indent=1, ensure_ascii=False)
+            (self.folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
+        for line in controls_table(self.tasks, arms, self.meter.epochs()):
+            self.tracker.line(line)
+        self.tracker.line(f"run folder: {self.folder}")
+        return None
+
+    # -- saving and resuming -------------------------------------------------------------------------------------
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        state = {
+            "step": self.step,
+            "rows_per_step": self._rows_per_step,
+            "batches": self.batches.state_dict(),
+            "meter": self.meter.state_dict(),
+            "best": self.best,
+            "tracker": self.tracker.state_dict(),
+        }
+        keep = {self.best["step"]} if self.best else set()
+        checkpoint.save(self.folder, self.step, self._write, state, self.config.save_total_limit, keep, self.ranks)
+        self.saved_step = self.step
+
+    def _write(self, folder: Path) -> None:
+        """This rank's part of a checkpoint."""
+        with ExitStack() as stack:
+            stack.enter_context(self.engine.gathered())
+            if self.ranks.is_main:
+                save_adapter(self.model, folder)
+        if self.config.model is not None or any("base" in p.train for p in self.phases):
+            with self.engine.gathered(dict(self.model.parameter_groups()["base"])):
+                if self.ranks.is_main:
+                    save_base(base_state(self.model), folder)
+        self.engine.save(folder / "deepspeed")
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        wanted = self.config.resume_from_checkpoint
+        return None if wanted is None else checkpoint.find_together(self.folder, wanted, self.ranks)
+
+    def _open_folder(self) -> None:
+        """Make the run folder and write what does not change; refuse to write over another run."""
+        if self.ranks.is_main and self.resumed is None and _holds_run(self.folder):
+            if not self.config.overwrite_output_dir:
+                raise ConfigError(
+                    f"output_dir: {self.folder} already holds a run; go on with --resume_from_checkpoint true, choose "
+                    "another output_dir, or set overwrite_output_dir: true"
+                )
+            shutil.rmtree(self.folder)
+        if self.ranks.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+            self.tasks.save(self.folder / "task_map.json")
+            self.data.tokenizer.save_pretrained(self.folder / "tokenizer")
+        barrier()
+
+    @property
+    def _rows_per_step(self) -> int:
+        c = self.config
+        return c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks.world_size
+
+    def _build_batches(self) -> StepBatches:
+        c = self.config
+        first = self.phases[0]
+        shares = rates(first.mixing, self.sizes, self.tasks.names, first.steps * self._rows_per_step)
+        return StepBatches(
+            self.splits, MixtureSampler(self.sizes, shares, c.seed), self.data.collator, c.per_device_train_batch_size,
+            c.gradient_accumulation_steps, self.ranks.rank, self.ranks.world_size, c.data.group_by_length_window, c.seed,
+        )  # fmt: skip
+
+    def _restore_counts(self) -> None:
+        if self.state["rows_per_step"] != self._rows_per_step:
+            raise ConfigError(
+                f"resume: the checkpoint took {self.state['rows_per_step']} rows a step, these settings "
+                f"{self._rows_per_step}; keep ranks x per_device_train_batch_size x gradient_accumulation_steps"
+            )
+        self.meter.load_state_dict(self.state["meter"], self.ranks.is_main)
+        self.batches.load_state_dict(self.state["batches"])
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "config.yaml").exists() or any(folder.glob("checkpoint-*"))
