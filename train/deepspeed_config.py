@@ -1,7 +1,7 @@
 """A DeepSpeed JSON with its "auto" values filled in from the run's settings.
 
 The engine is told one thing that is not so: that gradients are not accumulated. The loop does that itself
-(it weighs the parts of a step by their tokens), and an engine told of it would count every ``step()`` as a part.
+(it weighs the parts of a step by their tokens), and an engine told of it counts every ``step()`` as a part.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ REFUSED = {
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON as it stands in the file.
+    """A DeepSpeed JSON as it stands in the file, without the sections that are switched off.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, or is not an object.
+        ConfigError: the file is missing, is not JSON, is not an object, or has a section whose job the YAML
+            does (optimizer, scheduler, bf16, fp16).
     """
     path = Path(path)
     try:
@@ -62,7 +63,8 @@ def read(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"deepspeed: {path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    _refuse(raw, f"deepspeed: {path}")
+    return {key: value for key, value in raw.items() if key not in REFUSED}
 
 
 def build(config: Config, world_size: int, path: str | Path | None = None) -> dict[str, Any]:
@@ -74,14 +76,10 @@ def build(config: Config, world_size: int, path: str | Path | None = None) -> di
         path: a DeepSpeed JSON; None: ZeRO 0.
 
     Raises:
-        ConfigError: a file that cannot be read, a section whose job the YAML does (optimizer, scheduler,
-            bf16, fp16), a number that contradicts the YAML, or an "auto" that has no value here.
+        ConfigError: as :func:`read`, a number that contradicts the YAML, or an "auto" that has no value here.
     """
     raw = {} if path is None else read(path)
     where = "deepspeed" if path is None else f"deepspeed: {path}"
-    _refuse(raw, where)
-    raw = {key: value for key, value in raw.items() if key not in REFUSED}
-
     micro = config.per_device_train_batch_size
     accumulation = config.gradient_accumulation_steps
     _agree(where, raw, "train_micro_batch_size_per_gpu", micro, f"per_device_train_batch_size: {micro}")

@@ -62,7 +62,11 @@ def expected_epochs(rates: Sequence[float], sizes: Sequence[int], budget: int) -
 
 
 def excess(
-    config: MixingConfig, sizes: Sequence[int], budget: int, drawn: Sequence[int] | None = None
+    config: MixingConfig,
+    sizes: Sequence[int],
+    names: Sequence[str],
+    budget: int,
+    drawn: Sequence[int] | None = None,
 ) -> int:
     """Draws beyond what ``unimax`` allows with ``max_epochs`` of every task; 0 for other strategies.
 

@@ -58,7 +58,7 @@ def test_unimax_bounds_repeats_and_wastes_nothing(budget: int, max_epochs: float
     config = MixingConfig(max_epochs=max_epochs)
     got = rates(config, SIZES, NAMES, budget)
     epochs = expected_epochs(got, SIZES, budget)
-    over = excess(config, SIZES, budget)
+    over = excess(config, SIZES, NAMES, budget)
     if over == 0:
         assert max(epochs) <= max_epochs * (1 + 1e-12)
         below = [r for r, e in zip(got, epochs, strict=True) if e < max_epochs * (1 - 1e-9)]
@@ -73,7 +73,7 @@ def test_unimax_counts_what_earlier_phases_drew() -> None:
     got = shares(budget=1000, drawn=[0, 0, 800, 60], strategy="unimax")
     assert got == pytest.approx([0.49, 0.49, 0.0, 0.02])
     config = MixingConfig(max_epochs=1.0)
-    assert excess(config, SIZES, 1000, drawn=SIZES) == 1000
+    assert excess(config, SIZES, NAMES, 1000, drawn=SIZES) == 1000
     fresh = rates(config, SIZES, NAMES, 1000)
     assert rates(config, SIZES, NAMES, 1000, drawn=SIZES) == fresh  # another round
 

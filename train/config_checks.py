@@ -1,0 +1,248 @@
+"""Which values settings may have, and which settings need or exclude each other. Types are checked before."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from taskmoe.moe.config import SCOPES, TaskMoEConfig
+from taskmoe.train import deepspeed_config
+from taskmoe.train.config import Config, MixingConfig
+from taskmoe.train.config_decode import Decoder, leaves
+from taskmoe.train.config_idle import ineffective
+from taskmoe.train.mixing import MIXTURES
+from taskmoe.train.schedule import GROUPS, SCHEDULES, resolve_phases
+
+FORMATS = (
+    "auto",
+    "text_label",
+    "input_output",
+    "instruction",
+    "prompt_completion",
+    "messages",
+    "conversations",
+)
+
+# Key -> its values. `*` stands for the index of a list.
+CHOICES: dict[str, Collection[str]] = {
+    "tokenizer.kind": ("bpe", "wordlevel", "char"),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"),
+    "pooling": ("model", "mean"),
+    "moe.compose": ("after", "before"),
+    "moe.router_scope": SCOPES,
+    "moe.new_task_rows": ("mean", "zero", "random"),
+    "datasets.*.format": FORMATS,
+    "data.on_bad_row": ("error", "skip"),
+    "data.on_long_row": ("error", "skip", "truncate"),
+    "mixing.strategy": MIXTURES,
+    "phases.*.mixing.strategy": MIXTURES,
+    "phases.*.train": GROUPS,
+    "optim": ("adamw_torch", "sgd"),
+    "lr_scheduler_type": SCHEDULES,
+    "loss_reduction": ("token", "task", "sample"),
+    "eval_split": ("train", "validation", "test"),
+    "metric_for_best_model": ("score", "loss"),
+    "report_to": ("wandb", "none"),
+}
+
+# Key -> (lowest, highest, what is asked for). A bound that is excluded is written in the last column.
+_COUNT = (1, math.inf, "a whole number >= 1")
+_NOT_NEGATIVE = (0, math.inf, ">= 0")
+_POSITIVE = (math.ulp(0.0), math.inf, "> 0")
+_SHARE = (0, 1, "between 0 and 1")
+_SHARE_BELOW_1 = (0, math.nextafter(1, 0), ">= 0 and < 1")
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        (
+            "tokenizer.vocab_size",
+            *(f"moe.{k}" for k in ("r", "num_experts", "num_heads", "top_k", "task_embedding_dim")),
+            "moe.router_hidden_dim",
+            *(f"data.skill_gym.{k}" for k in ("num_tasks", "num_skills", "skills_per_task", "alphabet_size")),
+            *(f"data.skill_gym.{k}" for k in ("max_string_length", "min_string_length", "train_rows")),
+            *(f"data.{k}" for k in ("max_length", "max_target_length", "group_by_length_window")),
+            "data.max_rows_per_task",
+            "datasets.*.max_rows",
+            "mixing.cap",
+            "phases.*.mixing.cap",
+            "phases.*.steps",
+            *(f"evaluation.{k}" for k in ("max_rows", "max_new_tokens", "num_beams")),
+            *("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+            "early_stopping_patience",
+        ),
+        _COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            *("seed", "data.skill_gym.seed", "data.skill_gym.unseen_tasks", "track.per_task_keys"),
+            *("data.skill_gym.validation_rows", "data.skill_gym.test_rows", "datasets.*.weight"),
+            *("moe.router_init_std", "weight_decay", "max_grad_norm", "warmup_steps"),
+            *("learning_rate", "router_learning_rate", "task_embedding_learning_rate", "base_learning_rate"),
+            *(f"phases.*.{g}learning_rate" for g in ("", "router_", "task_embedding_", "base_")),
+            *("task_weights.*", "mixing.weights.*", "phases.*.mixing.weights.*"),
+        ),
+        _NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        (
+            *("moe.lora_alpha", "moe.router_temperature", "adam_epsilon", "phases.*.router_temperature"),
+            *("mixing.temperature", "mixing.max_epochs", "moe.rank_pattern.*"),
+            *("phases.*.mixing.temperature", "phases.*.mixing.max_epochs"),
+        ),
+        _POSITIVE,
+    ),
+    "warmup_ratio": _SHARE,
+    **dict.fromkeys(
+        ("moe.lora_dropout", "label_smoothing_factor", "adam_beta1", "adam_beta2"), _SHARE_BELOW_1
+    ),
+}
+
+
+def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
+    """Check choices, ranges, what needs or excludes what, and keys without effect.
+
+    Args:
+        explicit: {dotted path: where it was written} of the keys set; None: those not at their default.
+
+    Raises:
+        ConfigError: the first key at fault, the value found and what to do.
+    """
+    check = Decoder(dict(explicit or {}))
+    for path, value, _ in leaves(config):
+        _check_choice(check, path, value)
+        _check_range(check, path, value)
+    _check_combinations(config, check)
+    idle = ineffective(config)
+    for path, value, default in leaves(config):
+        is_set = value != default if explicit is None else _was_set(path, explicit)
+        reason = next((idle[p] for p in _prefixes(path) if p in idle), None)
+        if is_set and reason and value is not None:
+            raise check.fail(path, f"has no effect: {reason}; remove it, or add --{path} null")
+    resolve_phases(config)
+    if config.deepspeed is not None:
+        deepspeed_config.read(config.deepspeed)
+    _check_registries(config.moe, check)
+
+
+def choices(path: str) -> Collection[str] | None:
+    """The values a key may have, where they are a list of names.
+
+    Those of routers and gates are read from their registries, which imports torch.
+    """
+    if path == "moe.router":
+        from taskmoe.moe.routers import ROUTERS
+
+        return ROUTERS
+    if path == "moe.gate":
+        from taskmoe.moe.gates import GATES
+
+        return GATES
+    return CHOICES.get(_pattern(path))
+
+
+def _check_choice(check: Decoder, path: str, value: Any) -> None:
+    allowed = CHOICES.get(_pattern(path))
+    for item in value if isinstance(value, tuple) else (value,):
+        if allowed is not None and item not in allowed:
+            near = difflib.get_close_matches(str(item), allowed, n=1, cutoff=0.0)[0]
+            raise check.fail(path, f"{item!r} is not one of {', '.join(allowed)}; the nearest is {near!r}")
+
+
+def _check_range(check: Decoder, path: str, value: Any) -> None:
+    items = value.items() if isinstance(value, dict) else [("", value)]
+    for key, item in items:
+        here = f"{path}.{key}" if key else path
+        bounds = RANGES.get(f"{_pattern(path)}.*" if key else _pattern(path))
+        for number in item if isinstance(item, tuple) else (item,):
+            if bounds is not None and number is not None and not bounds[0] <= number <= bounds[1]:
+                raise check.fail(here, f"{number} is out of range; give a number {bounds[2]}")
+
+
+def _check_combinations(config: Config, check: Decoder) -> None:
+    moe, data = config.moe, config.data
+    if (config.model is None) == (config.model_name_or_path is None):
+        found = "neither is" if config.model is None else "both are"
+        raise check.fail(
+            "model" if config.model is not None else "model_name_or_path",
+            f"{found} set of model_name_or_path and model; give exactly one "
+            "(a folder or hub name, or a config such as {type: llama, hidden_size: 64})",
+        )
+    if config.model is not None and not isinstance(config.model.get("type"), str):
+        raise check.fail("model.type", "is missing; name the kind of model, such as llama, gpt2, t5 or bert")
+    if not config.datasets and data.root is None and data.skill_gym is None:
+        raise check.fail("datasets", "there are no data; set datasets, data.root or data.skill_gym")
+    for i, entry in enumerate(config.datasets):
+        if not entry.path:
+            raise check.fail(f"datasets.{i}.path", "is missing; give a file, a folder or a name on the hub")
+    if data.packing and config.task_type != "CAUSAL_LM":
+        raise check.fail("data.packing", f"only task_type CAUSAL_LM can be packed, not {config.task_type}")
+    if moe.gate == "top_k" and moe.top_k is None:
+        raise check.fail("moe.top_k", "moe.gate is 'top_k': say how many experts")
+    if moe.top_k is not None and moe.gate == "top_k" and moe.top_k > moe.num_experts:
+        raise check.fail("moe.top_k", f"{moe.top_k} of only {moe.num_experts} experts (moe.num_experts)")
+    if moe.num_heads > 1 and moe.compose != "before":
+        raise check.fail(
+            "moe.num_heads", f"{moe.num_heads} heads need moe.compose 'before', not {moe.compose!r}"
+        )
+    if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
+        raise check.fail("warmup_steps", f"{config.warmup_steps} is more than max_steps, {config.max_steps}")
+    if "none" in config.report_to and len(config.report_to) > 1:
+        raise check.fail("report_to", "'none' stands beside others; leave it out or alone")
+    if not config.phases:
+        raise check.fail("phases", "the list is empty; leave the key out for a run of one phase")
+    for here, mixing in _mixings(config):
+        _check_mixing(here, mixing, config, check)
+
+
+def _check_mixing(here: str, mixing: MixingConfig, config: Config, check: Decoder) -> None:
+    if mixing.strategy == "capped" and mixing.cap is None:
+        raise check.fail(f"{here}.cap", f"is missing; {here}.strategy 'capped' needs a number of examples")
+    if mixing.strategy != "explicit" or mixing.weights:
+        return
+    weighted = [i for i, entry in enumerate(config.datasets) if entry.weight is not None]
+    if not weighted:
+        raise check.fail(
+            f"{here}.weights",
+            f"is missing; {here}.strategy 'explicit' needs it, or a weight for each of datasets",
+        )
+    for i in weighted:
+        if config.datasets[i].name is None:
+            raise check.fail(f"datasets.{i}.weight", f"needs datasets.{i}.name: a weight belongs to a task")
+
+
+def _check_registries(moe: TaskMoEConfig, check: Decoder) -> None:
+    """Routers and gates by their registries; last, because that imports torch, and only where it can fail."""
+    for key in ("router", "gate"):
+        value = getattr(moe, key)
+        if value == getattr(TaskMoEConfig(), key):
+            continue
+        allowed = choices(f"moe.{key}")
+        if allowed is not None and value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+            raise check.fail(
+                f"moe.{key}", f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
+            )
+
+
+def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:
+    if any(phase.mixing is None for phase in config.phases):
+        yield "mixing", config.mixing
+    for i, phase in enumerate(config.phases):
+        if phase.mixing is not None:
+            yield f"phases.{i}.mixing", phase.mixing
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    parts = path.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+def _was_set(path: str, explicit: Mapping[str, str]) -> bool:
+    return path in explicit or any(p.startswith(path + ".") for p in explicit)

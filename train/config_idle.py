@@ -1,0 +1,123 @@
+"""Which keys the chosen settings ignore, and why.
+
+Setting one of them is an error: a run that ignores without a word what it was told cannot be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from taskmoe.train.config import Config, MixingConfig
+
+Rule = tuple[str, bool, str]  # (path, whether it is ignored, the reason)
+
+
+def ineffective(config: Config) -> dict[str, str]:
+    """{dotted path of a key or a section: why it has no effect}, whether it was set or not.
+
+    ``datasets`` beside ``data.root`` is not in it: the folders take templates, labels and metrics from there.
+    """
+    rules = [*_model(config), *_experts(config), *_data(config), *_optimisation(config), *_following(config)]
+    for i in range(len(config.phases)):
+        rules += _phase(config, i)
+    rules += _mixing("mixing", config.mixing)
+    return {path: reason for path, ignored, reason in rules if ignored}
+
+
+def _model(config: Config) -> Iterator[Rule]:
+    named = config.model_name_or_path is not None
+    yield "tokenizer", named, "a model named by model_name_or_path brings its own tokenizer"
+    yield "trust_remote_code", not named, "there is no model_name_or_path to load code from"
+    yield "pooling", config.task_type != "SEQ_CLS", f"task_type is {config.task_type!r}, not 'SEQ_CLS'"
+    yield (
+        "gradient_checkpointing_reentrant",
+        not config.gradient_checkpointing,
+        "gradient_checkpointing is false",
+    )
+
+
+def _experts(config: Config) -> Iterator[Rule]:
+    moe = config.moe
+    yield "moe.top_k", moe.gate != "top_k", f"moe.gate is {moe.gate!r}, not 'top_k'"
+    for key in ("moe.task_embedding_dim", "moe.router_hidden_dim", "task_embedding_learning_rate"):
+        yield key, moe.router != "task_mlp", f"moe.router is {moe.router!r}, not 'task_mlp'"
+    not_table = f"moe.router is {moe.router!r}, not 'task_table'"
+    yield "moe.router_init_std", moe.router != "task_table", not_table
+    yield "router_learning_rate", moe.router == "none", "moe.router is 'none'"
+    yield "moe.router_temperature", moe.gate == "uniform", "moe.gate is 'uniform'"
+
+
+def _data(config: Config) -> Iterator[Rule]:
+    data, classes = config.data, config.task_type == "SEQ_CLS"
+    only_pairs = f"task_type is {config.task_type!r}, not 'SEQ_2_SEQ_LM'"
+    yield "data.max_target_length", config.task_type != "SEQ_2_SEQ_LM", only_pairs
+    yield "data.group_by_length_window", data.packing, "data.packing is true: packs have no padding to save"
+    explicit = [m for m in _mixings(config) if m.strategy == "explicit"]
+    for i in range(len(config.datasets)):
+        yield f"datasets.{i}.weight", not explicit, "mixing.strategy is not 'explicit'"
+        yield (
+            f"datasets.{i}.weight",
+            bool(explicit) and all(m.weights for m in explicit),
+            "mixing.weights is set",
+        )
+    for key in ("evaluation.max_new_tokens", "evaluation.num_beams"):
+        yield key, classes, "task_type is 'SEQ_CLS': nothing is generated"
+
+
+def _optimisation(config: Config) -> Iterator[Rule]:
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        yield key, config.optim != "adamw_torch", f"optim is {config.optim!r}"
+    yield "warmup_ratio", config.warmup_steps is not None, "warmup_steps is set; give one of the two"
+    trained = {group for phase in config.phases for group in phase.train}
+    yield "base_learning_rate", "base" not in trained, "no phase trains the base"
+    yield "router_learning_rate", not trained & {"router", "task_embedding"}, "no phase trains the router"
+    yield (
+        "task_embedding_learning_rate",
+        "task_embedding" not in trained,
+        "no phase trains the task embedding",
+    )
+    own = bool(config.phases) and all(phase.mixing is not None for phase in config.phases)
+    yield "mixing", own, "every phase has a mixing of its own"
+
+
+def _following(config: Config) -> Iterator[Rule]:
+    for key in ("track.wandb_project", "track.wandb_entity"):
+        yield key, "wandb" not in config.report_to, "report_to does not name wandb"
+    yield "early_stopping_patience", config.eval_steps is None, "eval_steps is not set"
+
+
+def _phase(config: Config, i: int) -> Iterator[Rule]:
+    phase, here = config.phases[i], f"phases.{i}"
+    moe = config.moe
+    yield f"{here}.base_learning_rate", "base" not in phase.train, "the phase does not train the base"
+    router = bool({"router", "task_embedding"} & set(phase.train))
+    yield f"{here}.router_learning_rate", not router, "the phase does not train the router"
+    yield f"{here}.router_learning_rate", moe.router == "none", "moe.router is 'none'"
+    embedding = f"{here}.task_embedding_learning_rate"
+    yield embedding, "task_embedding" not in phase.train, "the phase does not train the task embedding"
+    yield embedding, moe.router != "task_mlp", f"moe.router is {moe.router!r}, not 'task_mlp'"
+    yield f"{here}.router_temperature", not phase.adapters, f"{here}.adapters is false"
+    yield f"{here}.router_temperature", moe.gate == "uniform", "moe.gate is 'uniform'"
+    yield f"{here}.restart_schedule", i == 0, "the first phase begins the schedule in any case"
+    if phase.mixing is not None:
+        yield from _mixing(f"{here}.mixing", phase.mixing)
+
+
+def _mixing(here: str, mixing: MixingConfig) -> Iterator[Rule]:
+    uses = {
+        "temperature": ("temperature",),
+        "cap": ("capped", "temperature"),
+        "max_epochs": ("unimax",),
+        "weights": ("explicit",),
+    }
+    for key, strategies in uses.items():
+        wanted = " or ".join(map(repr, strategies))
+        yield (
+            f"{here}.{key}",
+            mixing.strategy not in strategies,
+            f"{here}.strategy is {mixing.strategy!r}, not {wanted}",
+        )
+
+
+def _mixings(config: Config) -> list[MixingConfig]:
+    return [phase.mixing or config.mixing for phase in config.phases]
