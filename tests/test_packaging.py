@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -84,3 +88,17 @@ def test_the_lock_is_closed() -> None:
             if re.match(r"(nvidia|cuda)-", normal(requirement.name)):
                 continue  # a CUDA build of torch names the CUDA packages that belong to it
             assert normal(requirement.name) in locked, f"{name} needs {text}"
+
+
+def test_a_wheel_holds_every_file(tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    for top in TOP:
+        shutil.copytree(ROOT / top, copy / top, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w"]
+    subprocess.run([*command, str(tmp_path), str(copy)], check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".py")}
+    assert inside == {f"taskmoe/{p.relative_to(ROOT)}" for top in TOP for p in (ROOT / top).rglob("*.py")}
