@@ -70,7 +70,7 @@ def read_tasks(
     config: Config,
     splits: Sequence[str] = SPLITS,
     tasks: TaskTable | None = None,
-    grow: bool = False,
+    grow: bool | None = None,
     say: Say = to_stderr,
 ) -> RawBundle:
     """Read and check every row of the wanted splits.
@@ -79,7 +79,8 @@ def read_tasks(
         config: ``data.root``, or else ``datasets`` and ``data.skill_gym`` say what is read.
         splits: of train, validation, test; a task without one of the last two gets no rows there.
         tasks: a checkpoint's table. It gives ids and labels; tasks the data lack get no rows.
-        grow: tasks that ``tasks`` lacks are appended; the data must then begin with the tasks of the table.
+        grow: tasks that ``tasks`` lacks are appended, and the data must begin with the tasks of the table;
+            else they are errors. None: grow when training rows and others are read, as a run does.
         say: takes one line at a time: skipped rows, missing splits. Pass a no-op on all ranks but one.
 
     Raises:
@@ -87,19 +88,21 @@ def read_tasks(
         ConfigError: settings that cannot go together.
         TaskError: a task that is not in ``tasks``, naming the nearest.
     """
+    splits = tuple(dict.fromkeys(splits))
+    grow = len(splits) > 1 and "train" in splits if grow is None else grow
     for split in splits:
         if split not in SPLITS:
             raise ConfigError(f"split {split!r} is unknown; known are {', '.join(SPLITS)}")
     skipped: Counter[str] = Counter()
     found: dict[str, TaskRows] = {}
     for source in find_sources(config):
-        for task in read_source(source, config, tuple(splits), tasks, skipped, say):
+        for task in read_source(source, config, splits, tasks, skipped, say):
             if task.name in found:
                 found[task.name].extend(task)
             else:
                 found[task.name] = task
     if config.data.root is None and config.data.skill_gym is not None:
-        for task in _gym_tasks(config, tuple(splits)):
+        for task in _gym_tasks(config, splits):
             if task.name in found:
                 raise ConfigError(
                     f"data.skill_gym: the task {task.name!r} is in datasets too; rename that one"
@@ -168,9 +171,7 @@ def _check_empty(
             missing.append(task.name)
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            say(
-                f"no {split} split for {shown}: nothing is measured there (none is cut from the training rows)"
-            )
+            say(f"no {split} split for {shown}: nothing is measured there (none is cut off train)")
 
 
 def tokenise(raw: RawBundle, tokenizer: Any, config: Config, say: Say = to_stderr) -> DataBundle:

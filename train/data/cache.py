@@ -32,7 +32,10 @@ _CHECKS = {"row": _INT, "full_length": _INT, "target_length": _INT, "loss_tokens
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A hash of all that decides which ids a text gets (and not of padding or truncation, which calls leave behind)."""
+    """A hash of all that decides which ids a text gets.
+
+    Padding and truncation are left out: they are arguments of the last call, not properties of the tokenizer.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         state = json.loads(backend.to_str())
@@ -81,7 +84,8 @@ def encode_task(
         with _no_bars():
             tokens = datasets.Dataset.from_dict(columns).map(
                 encoder, with_indices=True, batched=True, remove_columns=list(columns), features=features,
-                new_fingerprint=name, cache_file_name=str(folder / f"tokens-{name}.arrow"), load_from_cache_file=True,
+                new_fingerprint=name, cache_file_name=str(folder / f"tokens-{name}.arrow"),
+                load_from_cache_file=True,
             )  # fmt: skip
     except OSError as error:
         raise DataError(
@@ -114,8 +118,8 @@ def _check(
             continue
         if data.on_long_row == "error":
             raise DataError(
-                f"{checks[column][long[0]]} tokens, more than {key} {limit}; raise it to {max(checks[column])} or set "
-                "data.on_long_row to skip or truncate",
+                f"{checks[column][long[0]]} tokens, more than {key} {limit}; raise it to {max(checks[column])} "
+                "or set data.on_long_row to skip or truncate",
                 rows[long[0]]["where"],
             )
         skipped[

@@ -55,10 +55,10 @@ class Collator:
             rows: token rows (see ``cache.py``), each with ``task``.
 
         Returns:
-            input_ids, attention_mask: int64 [B, L]; labels: int64 [B, L], seq2seq [B, L_target], SEQ_CLS [B], with
-            -100 where there is no loss; task_ids: int64 [B] on the CPU; order: ``order[i]`` is the place in ``rows``
-            of the batch's i-th row. Packed: task_ids [B, L], position_ids [B, L], segment_ids [B, L] (the i of
-            ``order``, -1 on padding) and no attention_mask.
+            input_ids, attention_mask: int64 [B, L]; labels: int64 [B, L], seq2seq [B, L_target], SEQ_CLS [B],
+            with -100 where there is no loss; task_ids: int64 [B] on the CPU; order: ``order[i]`` is the place
+            in ``rows`` of the batch's i-th row. Packed: task_ids [B, L], position_ids [B, L], segment_ids
+            [B, L] (the i of ``order``, -1 on padding) and no attention_mask.
 
         Raises:
             TaskError: a task id outside the table, or a label id outside the task's classes.
@@ -166,12 +166,3 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.
     return torch.tensor(
         [[*f, *row] if left else [*row, *f] for row, f in zip(rows, fill, strict=True)], dtype=torch.int64
     )
-
-
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """What of a batch the model's forward takes (labels stay with the loss)."""
-    names = ("input_ids", "attention_mask", "position_ids", "task_ids")
-    inputs = {name: batch[name] for name in names if name in batch}
-    if "position_ids" in batch:
-        inputs["use_cache"] = False  # with a cache transformers does not see that rows are packed
-    return inputs

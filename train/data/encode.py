@@ -3,8 +3,8 @@
 Prompt and target are tokenised separately and concatenated, so a prompt's tokens never depend on the answer:
 what is generated from ``input_ids[:prompt_length]`` starts exactly where training did.
 
-Messages: the tokenizer's chat template when it has one; else ``role: content`` lines, where an assistant's turn is
-``assistant:`` (no loss), then `` content`` and the end-of-sequence token (loss).
+Messages: the tokenizer's chat template when it has one; else ``role: content`` lines, where a turn of the
+assistant is ``assistant:`` (no loss), then `` content`` and the end-of-sequence token (loss).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IGNORE = -100
 
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], task_type: str) -> list[Ids]:
-    """Ids of prompts: with the tokenizer's special tokens, but for a causal LM nothing that ends the sequence."""
+    """Ids of prompts with the tokenizer's special tokens, but for a causal LM none that ends the sequence."""
     ids = _call(tokenizer, texts, add_special_tokens=True)
     if task_type != "CAUSAL_LM":
         return ids
@@ -101,8 +101,8 @@ def _chat_segments(tokenizer: Any, messages: list[dict[str, str]], where: str) -
         after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
-                "the tokenizer's chat template rewrites earlier turns, so the assistant's turn cannot be told from "
-                "its prompt; split the conversation into rows with one assistant turn, or clear the template",
+                "the tokenizer's chat template rewrites earlier turns, so the assistant's turn cannot be "
+                "told from its prompt; use rows with one assistant turn, or clear the tokenizer's template",
                 where,
             )
         segments += [(before[len(done) :], False), (after[len(before) :], True)]

@@ -1,7 +1,7 @@
 """Rows of six layouts to one canonical row.
 
 A canonical row is a dict:
-    prompt    what the model reads (after the template); for messages a readable rendering of all turns but the last
+    prompt    what the model reads (after the template); for messages all turns but the last, as text
     target    the right answer; for a classification row the label's text
     accepted  all right answers, the target first
     messages  [{role, content}] ending in an assistant turn, or None
@@ -189,10 +189,11 @@ def _accepted(row: Row, where: str) -> list[str]:
             where,
             "wrong type",
         )
-    answers = [to_text(v, "column 'accepted'", where) for v in value]
+    # Word lists hold empty alternatives; an empty answer is never right.
+    answers = [a for a in (to_text(v, "column 'accepted'", where) for v in value) if a.strip()]
     for answer in answers:
         _check_text(answer, "column 'accepted'", where)
-    return answers
+    return list(dict.fromkeys(answers))
 
 
 def _parse_turns(row: Row, where: str, form: str) -> Row:
@@ -224,7 +225,7 @@ def _parse_turns(row: Row, where: str, form: str) -> Row:
         messages.append({"role": role, "content": content})
     if messages[-1]["role"] != "assistant":
         raise DataError(
-            f"{form} ends with a turn of {messages[-1]['role']!r}; the last turn must be the assistant's (the target)",
+            f"{form} ends with a turn of {messages[-1]['role']!r}; the last one must be the assistant's",
             where,
             "no assistant turn",
         )

@@ -1,9 +1,10 @@
 """Several rows in one sequence, for causal LMs that keep them apart by position ids alone.
 
-A pack restarts ``position_ids`` at every row. transformers then builds a block-diagonal causal mask, but only if no
-attention mask and no cache are passed (``masking_utils._preprocess_mask_arguments``): hence ``use_cache=False`` in
-:func:`taskmoe.train.data.collator.model_inputs`. Flash attention reads the restarts itself, but only in a batch of
-one sequence (``modeling_flash_attention_utils._is_packed_sequence``): hence the flat layout.
+A pack restarts ``position_ids`` at every row. transformers then builds a block-diagonal causal mask, but only
+without an attention mask and with ``use_cache=False`` (``masking_utils._preprocess_mask_arguments``; a model
+makes a cache unless told otherwise, in training too, and then its rows see each other). Flash attention reads
+the restarts itself, but only in a batch of one sequence
+(``modeling_flash_attention_utils._is_packed_sequence``): hence the flat layout.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ def supports_packing(model: Any, config: Config) -> str | None:
     """Why this model cannot pack, or None when it can.
 
     Args:
-        model: the Hugging Face model, before or after ``attach`` only if its forward takes no task ids.
+        model: the Hugging Face model, before ``attach``.
         config: of the run (its ``task_type``).
 
-    The model's own forward decides, on a few tokens: position ids may be accepted and ignored (T5), and a model may
-    look both ways (BERT). A flash backend is trusted, because it runs on a GPU only.
+    The model's own forward decides, on a few tokens: position ids may be accepted and ignored (T5), and a
+    model may look both ways (BERT). A flash backend is trusted, because it runs on a GPU only.
     """
     name = getattr(model.config, "model_type", type(model).__name__)
     if config.task_type != "CAUSAL_LM":

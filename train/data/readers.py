@@ -164,8 +164,8 @@ def _read_csv(path: Path) -> Lines:
                 )
         elif len(fields) != len(header):
             message = (
-                f"{len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); quote fields that hold "
-                f"{'a tab' if delimiter != ',' else 'a comma'} or a line break"
+                f"{len(fields)} fields, but the header has {len(header)} ({', '.join(header)}); quote fields "
+                f"with {'a tab' if delimiter != ',' else 'a comma'} or a line break"
             )
             yield where, DataError(message, where, "wrong number of fields")
         else:

@@ -173,8 +173,8 @@ class _RowReader:
             self.column = next((c for c in TASK_COLUMNS if c in row), None)
             if self.column is not None:
                 self.say(
-                    f"{self.source.key}: column {self.column!r} splits the rows of {self.source.config.path} into "
-                    'tasks (task_column: "" turns this off)'
+                    f"{self.source.key}: column {self.column!r} splits {self.source.config.path} into tasks "
+                    '(task_column: "" turns this off)'
                 )
         self._started = True
 

@@ -1,15 +1,15 @@
 """The skill gym: tasks that are compositions of a few latent string operations.
 
-Each task applies an ordered tuple of skills to a string of letters; the text shows the letters alone (or the task's
-name before them), so that with hidden tasks only a router that knows the task can be right. The task x skill matrix
-is known, which lets an experiment score what a router found (the protocol of Ponti et al., "Combining Parameter-
-efficient Modules for Task-level Generalisation", with their instruction tasks replaced by generated ones).
+Each task applies an ordered tuple of skills to a string of letters; the text shows the letters alone (or the
+task's name before them), so that with hidden tasks only a router that knows the task can be right. The task x
+skill matrix is known, which lets an experiment score what a router found (the picture of latent skills is that
+of Ponti et al., "Combining Parameter-efficient Modules for Task-level Generalisation").
 
-Skills are of two kinds, ``order`` (they move letters) and ``letters`` (they replace them), and are dealt into families
-of one kind. ``correlation`` is the probability that a task takes a skill from its own family: at 1 tasks of a family
-share their skills, at 0 families mean nothing.
+Skills are of two kinds, ``order`` (they move letters) and ``letters`` (they replace them), and are dealt into
+families of one kind. ``correlation`` is the probability that a task takes a skill from its own family: at 1
+tasks of a family share their skills, at 0 families mean nothing.
 
-Strings belong to one split for all tasks (by a hash of the string), so validation and test strings are new
+A string belongs to one split for all tasks (by a hash of the string), so validation and test strings are new
 to every task. Everything is a function of the settings, in any process.
 """
 
@@ -161,16 +161,16 @@ class SkillGym:
                 strings[text] = None
         if len(strings) < count:
             raise ConfigError(
-                f"data.skill_gym.{split}_rows: {count} rows, but only about {len(strings)} different strings belong to "
-                f"{split}; lower it, or raise alphabet_size or max_string_length"
+                f"data.skill_gym.{split}_rows: {count} rows, but only about {len(strings)} different strings "
+                f"belong to {split}; lower it, or raise alphabet_size or max_string_length"
             )
         shown = f"{task.name} " if self.config.task_visible else ""
         rows: list[dict[str, object]] = []
         for i, text in enumerate(strings):
             target = " ".join(self.apply(task, text))
             rows.append({
-                "prompt": f"{shown}{' '.join(text)} >", "target": target, "accepted": [target], "messages": None,
-                "label": None, "where": f"skill_gym/{task.name}/{split}:{i + 1}",
+                "prompt": f"{shown}{' '.join(text)} >", "target": target, "accepted": [target],
+                "messages": None, "label": None, "where": f"skill_gym/{task.name}/{split}:{i + 1}",
             })  # fmt: skip
         return rows
 
@@ -186,9 +186,11 @@ class SkillGym:
     def _choose(self) -> list[GymTask]:
         config = self.config
         rng = random.Random(f"{config.seed}:tasks")
-        probes = [tuple(rng.randrange(config.alphabet_size) for _ in range(length)) for length in
-                  itertools.islice(itertools.cycle(range(config.min_string_length, config.max_string_length + 1)),
-                                   _PROBES)]  # fmt: skip
+        lengths = itertools.cycle(range(config.min_string_length, config.max_string_length + 1))
+        probes = [
+            tuple(rng.randrange(config.alphabet_size) for _ in range(length))
+            for length in itertools.islice(lengths, _PROBES)
+        ]
         answer = partial(_answers, probes=probes, n=config.alphabet_size)
         # A composition that is one skill, or nothing at all, would be another task in disguise.
         taken = [answer(())] + ([answer((s,)) for s in self.skills] if config.skills_per_task > 1 else [])
@@ -204,9 +206,9 @@ class SkillGym:
         for t in range(wanted):
             if not open_:
                 raise ConfigError(
-                    f"data.skill_gym: {wanted} tasks, but {config.num_skills} skills give only {t} clearly different "
-                    f"compositions of {config.skills_per_task}; lower num_tasks or unseen_tasks, or raise num_skills "
-                    "or skills_per_task"
+                    f"data.skill_gym: {wanted} tasks, but {config.num_skills} skills give only {t} clearly "
+                    f"different compositions of {config.skills_per_task}; lower num_tasks or unseen_tasks, "
+                    "or raise num_skills or skills_per_task"
                 )
             family = families[t % len(families)]
             skills = self._pick(list(open_), self.families[family], uses, rng)

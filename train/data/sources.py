@@ -24,7 +24,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class Source:
     """One entry of ``datasets:`` or one folder of ``data.root``.
 
-    ``key`` is the setting it comes from, ``name`` the task its rows belong to unless they carry a task column,
+    ``key`` is the setting it comes from, ``name`` the task of its rows unless they carry a task column,
     ``classes`` the label names of hub data sets that carry them (known after reading).
     """
 
@@ -68,7 +68,7 @@ class Source:
         except Exception as error:  # the hub's client raises some thirty types
             first = str(error).strip().splitlines() or [""]
             raise DataError(
-                f"is no file or folder here, and the hub could not give it ({type(error).__name__}: {first[0][:200]})",
+                f"no file or folder here, and not from the hub ({type(error).__name__}: {first[0][:200]})",
                 f"{self.key}.path {path}",
             ) from error
         return self._hub_rows(data, f"{path}{f'/{subset}' if subset else ''}/{name}")
@@ -100,7 +100,7 @@ def find_sources(config: Config) -> list[Source]:
     for source in sources:
         if source.name in seen and not (source.task_column or source.config.task_column):
             raise ConfigError(
-                f"{source.key}: the task {source.name!r} comes from {seen[source.name]} already; give each entry a name"
+                f"{source.key}: the task {source.name!r} comes from {seen[source.name]} too; give each a name"
             )
         seen.setdefault(source.name, source.key)
     return sources
@@ -118,8 +118,8 @@ def _root_sources(root: str, entries: tuple[DatasetConfig, ...]) -> list[Source]
             raise DataError(f"no data; expected {_expected()}", str(child))
         # Labels, template, group and metric of a data set hold for the folder of the same name too.
         entry = dataclasses.replace(
-            known.get(child.name, DatasetConfig()), name=child.name, path=str(child), subset=None, split="train",
-            validation_path=None, validation_split=None, test_path=None, test_split=None,
+            known.get(child.name, DatasetConfig()), name=child.name, path=str(child), subset=None,
+            split="train", validation_path=None, validation_split=None, test_path=None, test_split=None,
         )  # fmt: skip
         sources.append(Source(f"data.root/{child.name}", child.name, entry, files=files, task_column=""))
     if not sources:
@@ -154,8 +154,9 @@ def _dataset_source(entry: DatasetConfig, key: str) -> Source:
     elif path.is_file() or path.suffix.lower() in READERS or not _HUB_NAME.fullmatch(entry.path):
         if not path.is_file():
             raise DataError(f"no such file{_nearest(path)}", f"{key}.path {entry.path}")
-        for setting, value in (("split", entry.split != "train"), ("validation_split", entry.validation_split),
-                               ("test_split", entry.test_split), ("subset", entry.subset)):  # fmt: skip
+        ineffective = {"subset": entry.subset, "split": entry.split != "train",
+                       "validation_split": entry.validation_split, "test_split": entry.test_split}  # fmt: skip
+        for setting, value in ineffective.items():
             if value:
                 raise ConfigError(
                     f"{key}.{setting}: has no effect on a file; use validation_path and test_path"

@@ -43,7 +43,7 @@ class Template:
             return self._template.render(row)
         except jinja2.UndefinedError as error:
             raise DataError(
-                f"template {shorten(self.source)}: {error.message}; the columns are {', '.join(map(str, row))}",
+                f"template {shorten(self.source)}: {error.message}; columns are {', '.join(map(str, row))}",
                 where,
                 "missing column",
             ) from error
