@@ -26,12 +26,12 @@ REDUCTIONS = ("token", "task", "sample")
 def model_inputs(
     batch: Mapping[str, Any], task_type: str, model_config: Any, device: torch.device | str
 ) -> dict[str, Any]:
-    """What of a batch the model's forward takes, on ``device``; labels stay with the loss, task ids on the CPU.
+    """What of a batch the model's forward takes, on ``device``; task ids stay on the CPU, labels away.
 
     A decoder reads the labels shifted right by one, after ``model_config.decoder_start_token_id``.
 
     Args:
-        batch: ``input_ids``, ``task_ids``, ``labels`` and, where there are, ``attention_mask``, ``position_ids``.
+        batch: ``input_ids``, ``task_ids``, ``labels``, perhaps ``attention_mask``, ``position_ids``.
         task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS.
         model_config: of the Hugging Face model.
     """
