@@ -71,7 +71,9 @@ def split_of(config: Config, tokenizer: Any, tasks: TaskTable, task: int, n_rows
     return TaskSplit(task, Dataset.from_list(tokens) if tokens else Dataset.from_dict({"length": []}), raw)
 
 
-def setup(task_type: str, n_rows: int = 7, **changes: Any) -> Setup:
+def setup(
+    task_type: str, n_rows: int = 7, labels: dict[str, tuple[str, ...]] = LABELS, **changes: Any
+) -> Setup:
     """A tiny model with experts that differ (B is not 0), two tasks with labels and, for LMs, two without."""
     config = Config(
         model=MODELS[task_type],
@@ -85,8 +87,8 @@ def setup(task_type: str, n_rows: int = 7, **changes: Any) -> Setup:
     config = dataclasses.replace(config, **changes)
     tokenizer = build_tokenizer(config, [LETTERS, "yes it is no"])
     tasks = TaskTable()
-    for name, labels in LABELS.items():
-        tasks.add(name, labels)
+    for name, of_task in labels.items():
+        tasks.add(name, of_task)
     if task_type != "SEQ_CLS":
         tasks.add("free")
         tasks.add("other")
@@ -292,11 +294,10 @@ def test_tasks_without_rows_are_left_out() -> None:
 
 def test_a_label_that_does_not_fit_pushes_the_prompt_out() -> None:
     gpt2 = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 22}
-    parts = setup("CAUSAL_LM", model=gpt2, data=DataConfig(max_length=22))
     long = "a b c d e f g h i"
-    answers = parts[1][0]
-    parts[0].tasks._tasks[0] = dataclasses.replace(parts[0].tasks[0], labels=("no", "yes it is", long))
-    assert max(answers.tokens["prompt_length"]) + len(long) > 22
+    labels = LABELS | {"three": ("b", "aa", "c", long)}
+    parts = setup("CAUSAL_LM", labels=labels, model=gpt2, data=DataConfig(max_length=22))
+    assert max(parts[1][1].tokens["prompt_length"]) + len(long) + 1 > 22
     found = run(parts)  # learned positions: one too many would be an index error
     assert found["tasks"]["two"]["rows"] == 7 and len(found["predictions"]["free"]) == 7
 
