@@ -80,18 +80,25 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A clause that names the key most like ``word``, or all of them when none is."""
+    """A clause that names the key most like ``word``: its name elsewhere, what it abbreviates, or a likeness."""
     leaf = word.rsplit(".", 1)[-1]
-    same = [path for path in known if path.rsplit(".", 1)[-1] == leaf]
-    near = same or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:
-        by_leaf = {path.rsplit(".", 1)[-1]: path for path in known}
-        near = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.0)]
+    by_leaf = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}  # of equal names the outermost
+    near = [path for path in known if path.rsplit(".", 1)[-1] == leaf and "*" not in path]
+    near = near or [path for name, path in by_leaf.items() if _initials(name) == leaf]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.0)]
     return f"the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
 
 
+def _initials(name: str) -> str:
+    return "".join(part[0] for part in name.split("_") if part)
+
+
 class Decoder:
-    """Checks types on the way; ``origins`` says where each value was written."""
+    """Checks types on the way.
+
+    ``origins`` says where each value was written; keys that turn out to be empty are taken out of it.
+    """
 
     def __init__(self, origins: Origins) -> None:
         self.origins = origins
@@ -136,7 +143,8 @@ class Decoder:
             if name != key and name in value:
                 raise self.fail(here, f"is another name of {join(path, name)}; give one of them")
             if item is None and not nullable(kinds[name]):
-                continue  # an empty key is as if it were not there
+                self.origins.pop(here, None)  # an empty key is as if it were not there
+                continue
             given[name] = self.decode(kinds[name], item, here)
         return cls(**given)
 

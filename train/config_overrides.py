@@ -14,7 +14,7 @@ from taskmoe.train.config_yaml import Origins, join, parse
 def split(tokens: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     """Command-line tokens -> ([(key, value)], the tokens that belong to no key).
 
-    ``--key value``, ``--key=value`` and, where the key is a switch, ``--key`` alone; ``key=value`` too.
+    ``--key value``, ``--key=value`` and, where the key is a switch, ``--key`` alone.
 
     Raises:
         ConfigError: an unknown or ambiguous key, or a key without a value.
@@ -23,7 +23,7 @@ def split(tokens: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
     while i < len(tokens):
         token = tokens[i]
         i += 1
-        if not token.startswith("--") and "=" not in token:
+        if not token.startswith("--"):
             rest.append(token)
             continue
         key, equals, value = token.removeprefix("--").partition("=")

@@ -1,0 +1,176 @@
+"""The command line. Anything a user can get wrong ends in one line on stderr and exit code 2.
+
+Nothing heavy is imported before a command needs it: ``--help`` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from taskmoe.train.usage import USAGE
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    An error whose class is defined in taskmoe is a message to the user; any other is a bug and keeps its
+    traceback.
+    """
+    local_rank, tokens = _take_option(
+        list(sys.argv[1:] if argv is None else argv), "local_rank", "local-rank"
+    )
+    is_main = os.environ.get("RANK", local_rank or "0") == "0"
+    try:
+        return _run(tokens)
+    except KeyboardInterrupt:
+        _say("interrupted", is_main)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `taskmoe config cfg.yaml | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if type(error).__module__.split(".")[0] != "taskmoe" and not isinstance(error, UsageError):
+            raise
+        _say(f"error: {' '.join(str(error).split())}", is_main)
+        return EXIT_USER_ERROR if isinstance(error, ValueError) else 1
+
+
+def _run(tokens: list[str]) -> int:
+    if not tokens:
+        raise UsageError(f"no command; give one of {', '.join(COMMANDS)}, or --help")
+    name, rest = tokens[0], tokens[1:]
+    if name in ("-h", "--help", "help"):
+        print(USAGE[""], end="")
+        return 0
+    if name == "--version":
+        print(f"taskmoe {version('taskmoe')}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown command {name!r}; the nearest of {', '.join(COMMANDS)} is {near!r}")
+    if any(token in ("-h", "--help") for token in rest):
+        print(USAGE[name], end="")
+        return 0
+    return COMMANDS[name](rest)
+
+
+def train(tokens: list[str]) -> int:
+    """``train CFG.yaml [--key value ...] [--num_ranks N]``"""
+    num_ranks, tokens = _take_option(tokens, "num_ranks")
+    path, overrides = _positional(tokens, "train", "CFG.yaml")
+    from taskmoe.train.config_io import load
+
+    config = load(path, overrides)
+    if num_ranks is not None:
+        if not num_ranks.isdigit() or int(num_ranks) < 1:
+            raise UsageError(f"--num_ranks: {num_ranks!r} is not a number of processes >= 1")
+        if "RANK" in os.environ and "LOCAL_RANK" in os.environ:
+            raise UsageError(
+                "--num_ranks: a launcher has started this process already; give the number to it"
+            )
+        if int(num_ranks) > 1:
+            from taskmoe.train.launch import launch_ranks
+
+            return launch_ranks(int(num_ranks), ["train", path, *overrides])
+    from taskmoe.train.loop import train as run
+
+    return run(config)
+
+
+def evaluate(tokens: list[str]) -> int:
+    """``eval RUN [--split SPLIT] [--data DIR] [--key value ...] [--json]``"""
+    split, tokens = _take_option(tokens, "split")
+    root, tokens = _take_option(tokens, "data")
+    as_json = "--json" in tokens
+    tokens = [token for token in tokens if token != "--json"]
+    run, overrides = _positional(tokens, "eval", "RUN")
+    if not Path(run).is_dir():
+        raise UsageError(f"{run}: no such run folder{_nearest_folder(Path(run))}")
+    if split is not None and split not in ("train", "validation", "test"):
+        near = difflib.get_close_matches(split, ("train", "validation", "test"), n=1, cutoff=0.0)[0]
+        raise UsageError(f"--split: {split!r} is not one of train, validation, test; the nearest is {near!r}")
+    if root is not None:
+        overrides.append(f"--data.root={root}")
+    from taskmoe.train.run_eval import evaluate_run
+
+    return evaluate_run(run, overrides, split, as_json)
+
+
+def config(tokens: list[str]) -> int:
+    """``config CFG.yaml [--key value ...]`` or ``config --schema``"""
+    if "--schema" in tokens:
+        if len(tokens) > 1:
+            raise UsageError("--schema takes nothing beside it")
+        import json
+
+        from taskmoe.train.config_schema import schema
+
+        print(json.dumps(schema(), indent=2, ensure_ascii=False))
+        return 0
+    path, overrides = _positional(tokens, "config", "CFG.yaml")
+    from taskmoe.train.config_io import dump, load
+
+    print(dump(load(path, overrides)), end="")
+    return 0
+
+
+def _positional(tokens: list[str], command: str, what: str) -> tuple[str, list[str]]:
+    """The one token that is no setting, and the settings as ``--key=value``."""
+    if not tokens:
+        raise UsageError(f"{command}: {what} is missing; see taskmoe {command} --help")
+    from taskmoe.train.config_overrides import split
+
+    pairs, rest = split(tokens)
+    if len(rest) != 1:
+        found = f"unexpected argument {rest[1]!r}" if rest else f"{what} is missing"
+        raise UsageError(f"{command}: {found}; see taskmoe {command} --help")
+    return rest[0], [f"--{key}={value}" for key, value in pairs]
+
+
+def _take_option(tokens: list[str], *names: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is no setting, wherever it stands, and the tokens without it."""
+    value, rest, i = None, [], 0
+    while i < len(tokens):
+        option, equals, after = tokens[i].partition("=")
+        i += 1
+        if option not in [f"--{name}" for name in names]:
+            rest.append(tokens[i - 1])
+        elif equals:
+            value = after
+        elif i < len(tokens) and not tokens[i].startswith("--"):
+            value = tokens[i]
+            i += 1
+        else:
+            raise UsageError(f"{option}: a value is missing")
+    return value, rest
+
+
+def _nearest_folder(path: Path) -> str:
+    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), siblings, n=1, cutoff=0.5)
+    return f"; the nearest is {near[0]}" if near else ""
+
+
+def _say(line: str, is_main: bool) -> None:
+    """Rank 0 alone speaks: the others met the same error."""
+    if is_main:
+        print(f"taskmoe: {line}", file=sys.stderr, flush=True)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "config": config}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,68 @@
+"""What ``--help`` prints."""
+
+from __future__ import annotations
+
+_SETTINGS = """\
+Settings are written --section.key value or --section.key=value, after the file or before it:
+  --data.max_length 256    a key and its section
+  --max_length 256         the section may be left out where only one section has the key
+  --bf16                   a switch alone means true
+  --datasets.0.path x      an item of a list, counted from 0
+  --model.hidden_size 64   a key of a mapping
+  --mixing.cap null        takes back what the file says
+taskmoe config --schema lists all keys.
+"""
+
+USAGE: dict[str, str] = {
+    "": """\
+usage: taskmoe COMMAND ...
+
+Train task-level mixtures of low-rank experts.
+
+  train CFG.yaml    train a model
+  eval RUN          score a trained run
+  config CFG.yaml   print the settings of a run, with all defaults and overrides in place
+
+  --help            this text; taskmoe COMMAND --help says more
+  --version         the version
+
+example:
+  taskmoe train configs/quickstart.yaml --num_ranks 2
+""",
+    "train": f"""\
+usage: taskmoe train CFG.yaml [--key value ...] [--num_ranks N]
+
+Train as CFG.yaml says, in one process; with --num_ranks N in N processes under DeepSpeed's launcher.
+The launcher may also be called directly: deepspeed --num_gpus N --module taskmoe.train.cli train CFG.yaml
+
+{_SETTINGS}
+examples:
+  taskmoe train configs/quickstart.yaml --num_ranks 2
+  taskmoe train configs/llama_rank1.yaml --learning_rate 3e-4 --r 2 --output_dir runs/a
+  taskmoe train configs/llama_rank1.yaml --output_dir runs/a --resume_from_checkpoint true
+""",
+    "eval": f"""\
+usage: taskmoe eval RUN [--split train|validation|test] [--data DIR] [--key value ...] [--json]
+
+Score a run folder, or one checkpoint in it, task by task.
+
+  --split SPLIT   which rows; default: the run's eval_split
+  --data DIR      other data, one folder a task with train|validation|test.jsonl (the same as --data.root DIR)
+  --json          print one JSON object and nothing else
+
+{_SETTINGS}
+example:
+  taskmoe eval runs/tweeteval --data.root other/tweeteval --split test --json
+""",
+    "config": f"""\
+usage: taskmoe config CFG.yaml [--key value ...]
+       taskmoe config --schema
+
+Print the settings of a run as YAML: checked, with defaults and overrides in place.
+With --schema: a JSON schema of all keys, with types, defaults and descriptions.
+
+{_SETTINGS}
+example:
+  taskmoe config configs/quickstart.yaml --max_steps 100
+""",
+}
