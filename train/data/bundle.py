@@ -113,6 +113,8 @@ def read_tasks(
     table = _table(found, tasks, grow, config, skipped)
     rows = {split: [_rows_of(found.get(t.name), split, config) for t in table] for split in splits}
     _check_empty(found, rows, table, say)
+    if not any(of_task for of_tasks in rows.values() for of_task in of_tasks):
+        raise DataError(f"no task has rows of the split {' or '.join(splits)}; name a split that is there")
     if skipped:
         counts = ", ".join(f"{n} {reason}" for reason, n in skipped.most_common())
         say(f"skipped {skipped.total()} bad rows (data.on_bad_row: skip): {counts}")
@@ -127,7 +129,8 @@ def _gym_tasks(config: Config, splits: tuple[str, ...]) -> Iterator[TaskRows]:
     assert config.data.skill_gym is not None
     gym = SkillGym(config.data.skill_gym)
     for task in gym.tasks:
-        yield TaskRows(task.name, group=task.family, splits={s: gym.rows(task, s) for s in splits})
+        rows = {split: gym.rows(task, split) for split in splits}
+        yield TaskRows(task.name, group=task.family, splits={s: r for s, r in rows.items() if r})
 
 
 def _table(

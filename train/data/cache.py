@@ -118,7 +118,7 @@ def _check(
             continue
         if data.on_long_row == "error":
             raise DataError(
-                f"{checks[column][long[0]]} tokens, more than {key} {limit}; raise it to {max(checks[column])} "
+                f"{checks[column][long[0]]} tokens, over {key} {limit}; raise it to {max(checks[column])} "
                 "or set data.on_long_row to skip or truncate",
                 rows[long[0]]["where"],
             )

@@ -214,7 +214,9 @@ def _parse_turns(row: Row, where: str, form: str) -> Row:
                 where,
                 "missing column",
             )
-        role = _SHAREGPT.get(turn[role_key], turn[role_key]) if form == "conversations" else turn[role_key]
+        role = turn[role_key]
+        if form == "conversations" and isinstance(role, str):
+            role = _SHAREGPT.get(role, role)
         if role not in ROLES:
             known = sorted({*ROLES, *(_SHAREGPT if form == "conversations" else ())})
             near = difflib.get_close_matches(str(role), known, n=1)

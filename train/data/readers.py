@@ -61,12 +61,12 @@ def _read_jsonl(path: Path) -> Lines:
                 raw = raw.removeprefix(_BOM)
             where = f"{path}:{number}"
             try:
-                text = raw.decode("utf-8")
+                text = raw.rstrip().decode("utf-8")
             except UnicodeDecodeError as error:
                 column = len(raw[: error.start].decode("utf-8", "replace")) + 1
                 yield where, _not_utf8(error, f"{where}:{column}")
                 continue
-            if text.strip():
+            if text:
                 yield where, _parse_object(text, where)
 
 

@@ -122,8 +122,8 @@ def read_source(
             task.where[split] = str(source.files.get(split, source.config.path))
         for name, row in pairs:
             found[name].splits[split].append(row)
-    if not found:
-        raise DataError(f"{source.key} has no rows of the split {' or '.join(splits)}", source.config.path)
+    if not found and not reader.column:
+        found[source.name] = TaskRows(source.name, group=source.config.group)
     for task in found.values():
         task.labels = source.config.labels or source.classes.get(reader.target or "")
     return list(found.values())

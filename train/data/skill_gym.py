@@ -2,7 +2,7 @@
 
 Each task applies an ordered tuple of skills to a string of letters; the text shows the letters alone (or the
 task's name before them), so that with hidden tasks only a router that knows the task can be right. The task x
-skill matrix is known, which lets an experiment score what a router found (the picture of latent skills is that
+skill matrix is known, which lets an experiment score what a router found (latent skills are the picture
 of Ponti et al., "Combining Parameter-efficient Modules for Task-level Generalisation").
 
 Skills are of two kinds, ``order`` (they move letters) and ``letters`` (they replace them), and are dealt into

@@ -68,7 +68,7 @@ class Source:
         except Exception as error:  # the hub's client raises some thirty types
             first = str(error).strip().splitlines() or [""]
             raise DataError(
-                f"no file or folder here, and not from the hub ({type(error).__name__}: {first[0][:200]})",
+                f"no file or folder, and not from the hub ({type(error).__name__}: {first[0][:200]})",
                 f"{self.key}.path {path}",
             ) from error
         return self._hub_rows(data, f"{path}{f'/{subset}' if subset else ''}/{name}")
@@ -154,8 +154,12 @@ def _dataset_source(entry: DatasetConfig, key: str) -> Source:
     elif path.is_file() or path.suffix.lower() in READERS or not _HUB_NAME.fullmatch(entry.path):
         if not path.is_file():
             raise DataError(f"no such file{_nearest(path)}", f"{key}.path {entry.path}")
-        ineffective = {"subset": entry.subset, "split": entry.split != "train",
-                       "validation_split": entry.validation_split, "test_split": entry.test_split}  # fmt: skip
+        ineffective = {
+            "subset": entry.subset,
+            "split": entry.split != "train",
+            "validation_split": entry.validation_split,
+            "test_split": entry.test_split,
+        }
         for setting, value in ineffective.items():
             if value:
                 raise ConfigError(
