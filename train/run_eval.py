@@ -1,0 +1,149 @@
+"""``taskmoe eval RUN``: score a trained run, on its own data or on folders it has never seen."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from taskmoe.moe import TaskTable, load_adapter
+from taskmoe.train import checkpoint
+from taskmoe.train.config import Config, ConfigError
+from taskmoe.train.config_io import load
+from taskmoe.train.distributed import Ranks, init, shutdown
+from taskmoe.train.evaluate import evaluate
+from taskmoe.train.setup import build_data, build_moe, load_base
+
+TASKS = "task_map.json"
+
+
+def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json: bool) -> int:
+    """Score ``run`` and print a table, or with ``as_json`` one JSON object and nothing else, on stdout.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ConfigError, DataError, TaskError, StateError, CheckpointError: as :func:`score_run`.
+    """
+    with redirect_stdout(sys.stderr):  # libraries print; stdout belongs to the result
+        ranks, found = score_run(run, overrides, split)
+    if not ranks.is_main:
+        return 0
+    if as_json:
+        print(json.dumps(_finite(found), ensure_ascii=False, allow_nan=False))
+    else:
+        _print_table(found)
+    return 0
+
+
+def score_run(
+    run: str | Path, overrides: Sequence[str] = (), split: str | None = None, return_predictions: bool = False
+) -> tuple[Ranks, dict[str, Any]]:
+    """Score the newest whole checkpoint of a run.
+
+    Ids and labels of tasks are the checkpoint's: with ``--data.root DIR`` among the overrides, each folder of
+    DIR is scored as the task of that name, whether or not the folder was there at training.
+
+    Args:
+        run: a run folder, or one of its checkpoints.
+        overrides: settings as on a command line, on top of the run's own. All rows are scored, unless
+            ``evaluation.max_rows`` is among them.
+        split: train | validation | test; None: the run's ``eval_split``.
+
+    Returns:
+        This process among the ranks, and what ``evaluate`` returns with ``run``, ``checkpoint``, ``step``,
+        ``split`` and ``data_root`` before it.
+
+    Raises:
+        ConfigError: not a run folder, or settings that cannot be used.
+        CheckpointError: no whole checkpoint.
+        TaskError: a task that is not in the run's table; names the nearest.
+        DataError: bad rows. StateError: weights that do not fit the settings.
+    """
+    folder = Path(run)
+    home = folder if (folder / "config.yaml").is_file() else folder.parent
+    if not (home / "config.yaml").is_file():
+        raise ConfigError(f"{run}: not a run folder (it has no config.yaml)")
+    # Training's engine plays no part, and its file may be gone.
+    config = load(home / "config.yaml", ["--deepspeed=null", *overrides])
+    if not any("max_rows=" in o or o.endswith("max_rows") for o in overrides):
+        config = replace(config, evaluation=replace(config.evaluation, max_rows=None))
+    try:
+        path = checkpoint.find(folder)
+    except checkpoint.CheckpointError as error:
+        raise checkpoint.CheckpointError(str(error).removeprefix("resume_from_checkpoint: ")) from error
+    wanted = split or config.eval_split
+    ranks = init(config)
+    try:
+        found = _score(config, home, path, wanted, ranks, return_predictions)
+    finally:
+        shutdown(ranks)
+    step = checkpoint.read_state(path)["step"]
+    about = {"run": str(home), "checkpoint": path.name, "step": step, "split": wanted}
+    return ranks, {**about, "data_root": config.data.root, **found}
+
+
+def _score(
+    config: Config, home: Path, path: Path, split: str, ranks: Ranks, return_predictions: bool
+) -> dict[str, Any]:
+    def say(line: str) -> None:
+        if ranks.is_main:
+            print(f"taskmoe: {line}", file=sys.stderr)
+
+    tasks = TaskTable.load(path / TASKS)
+    data = build_data(config, ranks, (split,), tasks, home / "tokenizer", say)
+    if not any(len(s.tokens) for s in data.bundle.splits[split]):
+        raise ConfigError(f"{config.data.root or home}: none of the tasks has a {split} split")
+    model = build_moe(config, data.tokenizer, data.bundle.tasks, ranks)
+    load_base(model, path)
+    load_adapter(model, path)
+    best = checkpoint.read_state(path).get("best")
+    if best and f"checkpoint-{best['step']}" != path.name:
+        say(f"scoring {path}; the best of the run was checkpoint-{best['step']}")
+    return evaluate(
+        model,
+        data.bundle.splits[split],
+        data.tokenizer,
+        config,
+        data.collator,
+        ranks,
+        return_predictions=return_predictions,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    title = f"{found['run']}: {found['checkpoint']}, {found['split']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", overflow="fold")
+    table.add_column("metric", overflow="fold")
+    for name in ("value", "loss", "rows"):
+        table.add_column(name, justify="right")
+    for name, scores in found["tasks"].items():
+        metric = scores["metric"]
+        table.add_row(name, metric, f"{scores[metric]:.4f}", f"{scores['loss']:.4f}", str(scores["rows"]))
+    table.add_section()
+    for metric, value in found["macro"].items():
+        table.add_row("macro", metric, f"{value:.4f}", "", "")
+    for group, value in found["groups"].items():
+        if group not in found["tasks"]:
+            table.add_row(f"group {group}", "mean", f"{value:.4f}", "", "")
+    table.add_row("score", f"mean of {len(found['groups'])}", f"{found['score']:.4f}", "", "")
+    Console().print(table)
