@@ -80,7 +80,7 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """A clause that names the key most like ``word``: its name elsewhere, what it abbreviates, or a likeness."""
+    """A clause that names the key most like ``word``: the same name elsewhere, initials, or a likeness."""
     leaf = word.rsplit(".", 1)[-1]
     by_leaf = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}  # of equal names the outermost
     near = [path for path in known if path.rsplit(".", 1)[-1] == leaf and "*" not in path]

@@ -22,9 +22,9 @@ __all__ = ["dump", "load", "validate"]
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, merge, decode and validate the settings of a run.
 
-    A file may name another to start from, ``extends: other.yaml`` (relative to itself): sections are merged by
-    key, lists are replaced, a key without a value takes back what the other file says. ``overrides`` are tokens
-    of a command line (``["--data.max_length", "256", "--bf16"]``) and come last.
+    A file may name another to start from, ``extends: other.yaml`` (relative to itself). Sections are merged,
+    lists are replaced, and a key without a value takes back what the other file says. ``overrides`` are the
+    tokens of a command line (``["--data.max_length", "256", "--bf16"]``) and come last.
 
     Raises:
         ConfigError: with the file and line, or the option, and the dotted path of the key at fault.

@@ -1,7 +1,7 @@
 """YAML as the settings need it: where each key stands, no duplicates, and YAML 1.2's idea of a number.
 
-PyYAML reads YAML 1.1: ``1e-3`` is a string, ``no`` a boolean and ``1:30`` the number 90. A learning rate must be
-a number and a label called "no" must stay a label, so plain scalars are resolved as YAML 1.2 does.
+PyYAML reads YAML 1.1: ``1e-3`` is a string, ``no`` a boolean and ``1:30`` the number 90. A learning rate must
+be a number and a label called "no" must stay a label, so plain scalars are resolved as YAML 1.2 does.
 """
 
 from __future__ import annotations
