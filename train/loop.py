@@ -31,8 +31,6 @@ from taskmoe.train.signals import StopRequest
 from taskmoe.train.summary import controls_table, epochs_table
 from taskmoe.train.track.tracker import Tracker
 
-GATES_CHECKED_AT = 2  # optimiser step; B = 0 makes the first step's gradients of A and of the gates zero
-
 
 def train(config: Config) -> int:
     """Train as ``config`` says, on however many ranks there are. Returns the exit code.
@@ -157,10 +155,11 @@ class Run:
                 self.engine.backward(loss)
                 self.meter.add(sums_T)
         self.meter.count(counts)
-        if self.step - phase.start == GATES_CHECKED_AT - 1:
-            self._check_gradients()
         rate = learning_rates(config, self.phases, self.step)
+        if self._moved and not self._checked:
+            self._check_gradients()
         norm = self.engine.step(rate)
+        self._moved = self._moved or any(r > 0 for r in rate.values())
         self.step += 1
         return norm, rate
 
@@ -200,6 +199,7 @@ class Run:
         else:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
         self.carried = None
+        self._moved = self._checked = False
         if self.step < phase.end:
             self._announce(phase)
 
@@ -258,11 +258,14 @@ class Run:
             raise TrainingError(f"step {self.step}: the loss of {', '.join(bad)} is not a number; lower the learning rate")
 
     def _check_gradients(self) -> None:
+        """Does everything train? Asked once a phase, after the first update that moved the weights: while B is zero
+        the gradients of A and of the gates are zero as they must be."""
+        self._checked = True
         zero = self.engine.gradient_report()
         if zero:
             self.tracker.line(
-                f"{len(zero)} trainable tensor(s) have a zero gradient after step {GATES_CHECKED_AT} of this phase "
-                f"(never routed, or not reached by the loss): {', '.join(zero[:8])}{' ...' if len(zero) > 8 else ''}"
+                f"{len(zero)} trainable tensor(s) have a zero gradient at step {self.step + 1} (never routed, or not "
+                f"reached by the loss): {', '.join(zero[:8])}{' ...' if len(zero) > 8 else ''}"
             )
 
     def _evaluate(self) -> tuple[bool, bool]:

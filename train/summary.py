@@ -15,7 +15,7 @@ from taskmoe.moe.tasks import TaskTable
 def _lines(table: Table) -> list[str]:
     text = io.StringIO()
     Console(file=text, width=110, no_color=True).print(table)
-    return text.getvalue().rstrip().splitlines()
+    return [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
