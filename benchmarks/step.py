@@ -3,9 +3,9 @@
     python benchmarks/step.py            # about two minutes
     python benchmarks/step.py --json     # the same, and one JSON object as the last line
 
-A Llama (width 256, 4 layers, made from its config) with adapters of the same active rank on every linear layer.
-One step is forward, backward and AdamW. The variants take turns, a step each, so that a busy machine slows all of
-them alike; a ratio is the median over the rounds of the ratio within a round.
+A Llama (width 256, 4 layers, made from its config) with adapters of the same active rank on every linear
+layer. One step is forward, backward and AdamW. The variants take turns, a step each, so that a busy machine
+slows all of them alike; a ratio is the median over the rounds of the ratio within a round.
 """
 
 from __future__ import annotations

@@ -11,22 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# What one more segment costs (dispatch, gather, scatter), in multiply-adds; measured on one CPU core.
+# What one more segment costs in multiply-adds, measured on one CPU core: dispatch, and with several slots a
+# task the gather and the scatter of their bank rows.
+SEGMENT_COST_SINGLE = 2**19
 SEGMENT_COST = 2**21
 
 
 def use_segments(rows: int, segments: int, experts: int, slots: int, r: int, width: int) -> bool:
     """Whether walking the segments costs less than multiplying every row by every expert."""
-    return segments * SEGMENT_COST < rows * (experts - slots) * r * width
-
-
-def _walk(slots_Tk: Tensor, A_GErK: Tensor, B_GErN: Tensor, M: int, tables: Sequence[Tensor]) -> bool:
-    (E, r, K), N = A_GErK.shape[1:], B_GErN.shape[3]
-    return use_segments(M, len(tables[-1]), E, slots_Tk.shape[1], r, K + N)
+    cost = SEGMENT_COST_SINGLE if slots == 1 else SEGMENT_COST
+    return segments * cost < rows * (experts - slots) * r * width
 
 
 def low_rank_fwd(
@@ -40,30 +39,30 @@ def low_rank_fwd(
     tables: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The sum of ``y`` and the gated experts ``[M, N]``, and the ungated rank-space product ``s [M, R]``."""
-    M, (E, r) = x_MK.shape[0], A_GErK.shape[1:3]
+    E, r = A_GErK.shape[1:3]
     acc = _accumulator(x_MK.dtype)
     A_ErK, B_ErN = A_GErK[0].to(x_MK.dtype), B_GErN[0].to(x_MK.dtype)
-    gates_TR = _columns(gates_Tk.to(acc) * scale, r)
-    if slots_Tk is not None and _walk(slots_Tk, A_GErK, B_GErN, M, tables):
-        s_MR = x_MK.new_empty(M, slots_Tk.shape[1] * r)
-        out_MN = x_MK.new_empty(M, B_ErN.shape[2])
-        gathered = _Gathered(slots_Tk, A_ErK, B_ErN)
-        for t, start, end in _segments(tables):
-            A_RK, B_RN = gathered[t]
-            torch.mm(x_MK[start:end], A_RK.t(), out=s_MR[start:end])
-            h = (s_MR[start:end] * gates_TR[t]).to(x_MK.dtype)
+    scaled_Tk = gates_Tk.to(acc) * scale
+    if slots_Tk is not None and _walk(x_MK, A_GErK, B_GErN, slots_Tk, tables):
+        segments = _Segments(slots_Tk, tables)
+        s_MR = x_MK.new_empty(x_MK.shape[0], slots_Tk.shape[1] * r)
+        for t, x, s in segments.over(x_MK, s_MR):
+            torch.mm(x, segments.rows(A_ErK, t).t(), out=s)
+        s_MR = s_MR.to(acc)
+        h_MR = (s_MR * _over_rows(_columns(scaled_Tk, r), tables)).to(x_MK.dtype)
+        out_MN = x_MK.new_empty(x_MK.shape[0], B_ErN.shape[2])
+        for t, h, y, out in segments.over(h_MR, h_MR if y_MN is None else y_MN, out_MN):
             if y_MN is None:
-                torch.mm(h, B_RN, out=out_MN[start:end])
+                torch.mm(h, segments.rows(B_ErN, t), out=out)
             else:
-                torch.addmm(y_MN[start:end], h, B_RN, out=out_MN[start:end])
-        return out_MN, s_MR.to(acc)
+                torch.addmm(y, h, segments.rows(B_ErN, t), out=out)
+        return out_MN, s_MR
     s_MC = torch.mm(x_MK, A_ErK.reshape(E * r, -1).t()).to(acc)
-    if slots_Tk is None:
-        gates_TC, s_MR = gates_TR, s_MC
-    else:
-        gates_TC = _columns(_dense_gates(gates_Tk.to(acc) * scale, slots_Tk, E), r)
+    s_MR = s_MC
+    if slots_Tk is not None:
+        scaled_Tk = _dense_gates(scaled_Tk, slots_Tk, E)
         s_MR = s_MC.gather(1, _slot_columns(slots_Tk, r, tables))
-    h_MC = (s_MC * _over_rows(gates_TC, tables)).to(x_MK.dtype)
+    h_MC = (s_MC * _over_rows(_columns(scaled_Tk, r), tables)).to(x_MK.dtype)
     B_CN = B_ErN.reshape(E * r, -1)
     return (torch.mm(h_MC, B_CN) if y_MN is None else torch.addmm(y_MN, h_MC, B_CN)), s_MR
 
@@ -81,74 +80,98 @@ def low_rank_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, A, B and the gates; an empty tensor for each that is not in ``needs``."""
-    M, (G, E, r) = x_MK.shape[0], A_GErK.shape[:3]
+    E, r = A_GErK.shape[1:3]
     acc = _accumulator(x_MK.dtype)
     need_x, need_A, need_B, need_gates = needs
+    need_dh = need_x or need_A or need_gates
     A_ErK, B_ErN = A_GErK[0].to(x_MK.dtype), B_GErN[0].to(x_MK.dtype)
-    gates_TR = _columns(gates_Tk.to(acc) * scale, r)
+    scaled_Tk = gates_Tk.to(acc) * scale
     dx, dA, dB, dgates = (x_MK.new_empty(0) for _ in needs)  # one each: outputs of an op must not alias
 
-    if slots_Tk is not None and _walk(slots_Tk, A_GErK, B_GErN, M, tables):
-        gathered = _Gathered(slots_Tk, A_ErK, B_ErN)
-        dh_MR = torch.empty_like(s_MR)
-        dx = x_MK.new_empty(x_MK.shape) if need_x else dx
-        dA = A_GErK.new_zeros(A_GErK.shape, dtype=acc) if need_A else dA
-        dB = B_GErN.new_zeros(B_GErN.shape, dtype=acc) if need_B else dB
-        for t, start, end in _segments(tables):
-            A_RK, B_RN = gathered[t]
-            rows, task = slice(start, end), t if G > 1 else 0
-            if need_x or need_A or need_gates:
-                dh_MR[rows] = torch.mm(dy_MN[rows], B_RN.t())
-            ds = dh_MR[rows] * gates_TR[t]
-            if need_x:
-                torch.mm(ds.to(x_MK.dtype), A_RK, out=dx[rows])
-            if need_A:
-                part = torch.mm(ds.t(), x_MK[rows].to(acc))
-                _add_rows_(dA[task], slots_Tk[t], part.view(-1, r, part.shape[1]))
-            if need_B:
-                part = torch.mm((s_MR[rows] * gates_TR[t]).t(), dy_MN[rows].to(acc))
-                _add_rows_(dB[task], slots_Tk[t], part.view(-1, r, part.shape[1]))
-        dA = dA.to(A_GErK.dtype) if need_A else dA
-        dB = dB.to(B_GErN.dtype) if need_B else dB
+    if slots_Tk is not None and _walk(x_MK, A_GErK, B_GErN, slots_Tk, tables):
+        segments = _Segments(slots_Tk, tables)
+        gates_MR = _over_rows(_columns(scaled_Tk, r), tables)
+        if need_dh:
+            dh_MR = x_MK.new_empty(s_MR.shape)
+            for t, dy, dh in segments.over(dy_MN, dh_MR):
+                torch.mm(dy, segments.rows(B_ErN, t).t(), out=dh)
+            dh_MR = dh_MR.to(acc)
+            ds_MR = dh_MR * gates_MR
+        if need_x:
+            dx = x_MK.new_empty(x_MK.shape)
+            for t, ds, dx_rows in segments.over(ds_MR.to(x_MK.dtype), dx):
+                torch.mm(ds, segments.rows(A_ErK, t), out=dx_rows)
+        if need_A:
+            dA = segments.weight_gradient(ds_MR, x_MK, A_GErK)
+        if need_B:
+            dB = segments.weight_gradient(s_MR * gates_MR, dy_MN, B_GErN)
         if need_gates:
             dgates = _gate_gradient(dh_MR, s_MR, gates_Tk, scale, tables)
         return dx, dA, dB, dgates
 
     columns_MR: Tensor | None = None
-    gates_TC, s_MC = gates_TR, s_MR
+    s_MC = s_MR
     if slots_Tk is not None:
         columns_MR = _slot_columns(slots_Tk, r, tables)
-        gates_TC = _columns(_dense_gates(gates_Tk.to(acc) * scale, slots_Tk, E), r)
+        scaled_Tk = _dense_gates(scaled_Tk, slots_Tk, E)
         # Columns outside a task's slots meet a gate of zero.
-        s_MC = s_MR.new_zeros(M, E * r).scatter_(1, columns_MR, s_MR)
-    gates_MC = _over_rows(gates_TC, tables)
-    if need_x or need_A or need_gates:
+        s_MC = s_MR.new_zeros(s_MR.shape[0], E * r).scatter_(1, columns_MR, s_MR)
+    gates_MC = _over_rows(_columns(scaled_Tk, r), tables)
+    if need_dh:
         dh_MC = torch.mm(dy_MN, B_ErN.reshape(E * r, -1).t()).to(acc)
-        if need_x or need_A:
-            ds_MC = dh_MC * gates_MC
-        if need_x:
-            dx = torch.mm(ds_MC.to(x_MK.dtype), A_ErK.reshape(E * r, -1))
-        if need_A:
-            dA = _weight_gradient(ds_MC, x_MK, A_GErK, tables)
-        if need_gates:
-            dh_MR = dh_MC if columns_MR is None else dh_MC.gather(1, columns_MR)
-            dgates = _gate_gradient(dh_MR, s_MR, gates_Tk, scale, tables)
+        ds_MC = dh_MC * gates_MC
+    if need_x:
+        dx = torch.mm(ds_MC.to(x_MK.dtype), A_ErK.reshape(E * r, -1))
+    if need_A:
+        dA = _weight_gradient(ds_MC, x_MK, A_GErK, tables)
     if need_B:
         dB = _weight_gradient(s_MC * gates_MC, dy_MN, B_GErN, tables)
+    if need_gates:
+        dh_MR = dh_MC if columns_MR is None else dh_MC.gather(1, columns_MR)
+        dgates = _gate_gradient(dh_MR, s_MR, gates_Tk, scale, tables)
     return dx, dA, dB, dgates
 
 
-class _Gathered(dict[int, tuple[Tensor, Tensor]]):
-    """The bank rows of each task's slots, gathered once a task."""
+class _Segments:
+    """The segments of the plan, and the bank rows that each task's slots name."""
 
-    def __init__(self, slots_Tk: Tensor, A_ErK: Tensor, B_ErN: Tensor) -> None:
-        super().__init__()
-        self.slots_Tk, self.banks = slots_Tk, (A_ErK, B_ErN)
+    def __init__(self, slots_Tk: Tensor, tables: Sequence[Tensor]) -> None:
+        self.slots_Tk = slots_Tk
+        self.tasks: list[int] = tables[-1].tolist()
+        self.sizes: list[int] = tables[-2].diff().tolist()
+        # One slot a task, known on the host: its bank rows are a view, nothing is gathered.
+        self.single: list[int] | None = None
+        if slots_Tk.shape[1] == 1 and slots_Tk.device.type == "cpu":
+            self.single = slots_Tk.flatten().tolist()
+            if min(self.single) < 0:
+                raise IndexError(f"slots hold {min(self.single)}: index out of range")
 
-    def __missing__(self, t: int) -> tuple[Tensor, Tensor]:
-        A, B = (bank.index_select(0, self.slots_Tk[t]).flatten(0, 1) for bank in self.banks)
-        self[t] = A, B
-        return A, B
+    def over(self, *by_row: Tensor) -> Iterable[tuple[Any, ...]]:
+        """``(task, rows of each tensor)`` of each segment."""
+        return zip(self.tasks, *(tensor.split_with_sizes(self.sizes) for tensor in by_row), strict=True)
+
+    def rows(self, bank_ErD: Tensor, t: int) -> Tensor:
+        """``[R, D]``, the bank rows of task ``t``."""
+        if self.single is not None:
+            return bank_ErD[self.single[t]]
+        return bank_ErD.index_select(0, self.slots_Tk[t]).flatten(0, 1)
+
+    def weight_gradient(self, h_MR: Tensor, wide_MD: Tensor, bank_GErD: Tensor) -> Tensor:
+        """``h^T wide`` over the rows of each task, added to the experts of its slots; the bank's dtype."""
+        G, _, r, D = bank_GErD.shape
+        grad = h_MR.new_zeros(bank_GErD.shape)
+        for t, h, wide in self.over(h_MR, wide_MD.to(h_MR.dtype)):
+            into = grad[t if G > 1 else 0]
+            if self.single is not None:
+                into[self.single[t]].addmm_(h.t(), wide)
+            else:
+                _add_rows_(into, self.slots_Tk[t], torch.mm(h.t(), wide).view(-1, r, D))
+        return grad.to(bank_GErD.dtype)
+
+
+def _walk(x_MK: Tensor, A_GErK: Tensor, B_GErN: Tensor, slots_Tk: Tensor, tables: Sequence[Tensor]) -> bool:
+    (E, r, K), N = A_GErK.shape[1:], B_GErN.shape[3]
+    return use_segments(x_MK.shape[0], len(tables[-1]), E, slots_Tk.shape[1], r, K + N)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

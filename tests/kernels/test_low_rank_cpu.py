@@ -131,6 +131,18 @@ def test_zero_B_adds_exactly_nothing(make_case, way) -> None:
         assert torch.equal(low_rank(*case.args()), case.y)
 
 
+def test_any_strides(make_case, run_op, way) -> None:
+    # Columns contiguous instead of rows, and the stride-0 gradient that .sum() sends back.
+    for k in (None, 2):
+        case = make_case(k=k)
+        plain = run_op(low_rank, case, torch.ones(15, 9, dtype=torch.float64))
+        with torch.no_grad():
+            case.x.set_(case.x.t().contiguous().t())
+            case.y.set_(case.y.t().contiguous().t())
+        strided = run_op(low_rank, case, torch.ones((), dtype=torch.float64).expand(15, 9))
+        assert_same(strided, plain, 1e-12)
+
+
 def test_only_what_is_needed_is_computed(make_case, way) -> None:
     for k in (None, 2):
         case = make_case(k=k)
