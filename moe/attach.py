@@ -11,6 +11,7 @@ from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.config import SCOPES, ConfigError, TaskMoEConfig
 from taskmoe.moe.dry_run import executed_targets
 from taskmoe.moe.gates import GATES
+from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import MoELinear, SavedModule
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.moe.routers import ROUTERS
@@ -28,16 +29,20 @@ def check(config: TaskMoEConfig) -> None:
         value = getattr(config, key)
         if value not in known:
             raise ConfigError(f"moe.{key}: {value!r} is unknown; known are {', '.join(known)}")
-    for key in ("r", "num_experts", "num_heads", "task_embedding_dim", "router_hidden_dim"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"moe.{key}: {getattr(config, key)} must be at least 1")
+    counts = {k: getattr(config, k) for k in ("r", "num_experts", "num_heads", "task_embedding_dim", "router_hidden_dim")}
+    counts.update({f"rank_pattern[{name!r}]": rank for name, rank in (config.rank_pattern or {}).items()})
+    for key, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ConfigError(f"moe.{key}: {count!r} must be a whole number, at least 1")
+    if config.lora_alpha is not None and not config.lora_alpha > 0:
+        raise ConfigError(f"moe.lora_alpha: {config.lora_alpha} must be above 0 (experts are scaled by lora_alpha / r)")
     if config.compose not in ("after", "before"):
         raise ConfigError(f"moe.compose: {config.compose!r} is unknown; known are after, before")
     if config.new_task_rows not in ("mean", "zero", "random"):
         raise ConfigError(f"moe.new_task_rows: {config.new_task_rows!r} is unknown; known are mean, zero, random")
     if config.num_heads > 1 and config.compose != "before":
         raise ConfigError(f"moe.num_heads: {config.num_heads} needs compose: before (heads average parameters)")
-    if config.router_temperature <= 0:
+    if not config.router_temperature > 0:
         raise ConfigError(f"moe.router_temperature: {config.router_temperature} must be above 0")
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"moe.lora_dropout: {config.lora_dropout} must be in [0, 1)")
@@ -85,7 +90,10 @@ def attach(
     table = tasks if isinstance(tasks, TaskTable) else TaskTable.from_names(tasks)
     if not len(table):
         raise ConfigError("tasks: the table is empty; name at least one task")
-    targets = find_targets(model, config)
+    if any(isinstance(m, (MoELinear, SavedModule)) for m in model.modules()):
+        raise ConfigError(f"this {type(model).__name__} carries experts already; attach once, to a fresh model")
+    saved = _saved_modules(model, config)
+    targets = find_targets(model, config, saved)
     check_rank_pattern(list(targets), config)
     not_run: list[str] = []
     if dry_run:
@@ -96,15 +104,15 @@ def attach(
             raise ConfigError(f"moe.target_modules: a forward pass runs none of {', '.join(not_run[:4])}")
     names = list(targets)
     groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in names))
-    saved = _saved_modules(model, config, names)
-    model.requires_grad_(False)
-    for name, linear in targets.items():
-        _replace(model, name, _moe_linear(name, linear, config, groups.index(routing_group(name, config.router_scope))))
-    for name in saved:
-        _replace(model, name, SavedModule(model.get_submodule(name), name))
+    numbers = {n: groups.index(routing_group(n, config.router_scope)) for n in names}
+    replaced: dict[str, nn.Module] = {n: _moe_linear(n, m, config, numbers[n]) for n, m in targets.items()}
+    replaced.update({n: SavedModule(model.get_submodule(n), n) for n in saved})
+    model.requires_grad_(False)  # nothing above changes the model: an error leaves it as it was
+    for name, module in replaced.items():
+        _replace(model, name, module)
     attached = TaskMoEModel(model, config, table, groups)
     attached.set_trainable(("experts", "router", "task_embedding", "heads", "saved"))
-    attached.not_run = not_run  # type: ignore[assignment]  # targets left out by the dry run
+    attached.not_run = not_run
     return attached
 
 
@@ -121,17 +129,22 @@ def _moe_linear(name: str, linear: nn.Module, config: TaskMoEConfig, group: int)
     return MoELinear(linear, bank.to(device), name, group)
 
 
-def _saved_modules(model: nn.Module, config: TaskMoEConfig, targets: list[str]) -> list[str]:
+def _saved_modules(model: nn.Module, config: TaskMoEConfig) -> list[str]:
+    if isinstance(config.modules_to_save, str):
+        raise ConfigError(f"moe.modules_to_save: {config.modules_to_save!r} is one string; give a list of names")
     found: list[str] = []
     for wanted in config.modules_to_save or ():
         names = [n for n, _ in model.named_modules() if n == wanted or n.endswith("." + wanted)]
         if not names:
             leaves = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n})[:20])
             raise ConfigError(f"moe.modules_to_save: {wanted!r} matches no module; names are {leaves}")
-        inside = [t for t in targets for n in names if t == n or t.startswith(n + ".")]
-        if inside:
-            raise ConfigError(f"moe.modules_to_save: {wanted!r} holds the target {inside[0]}; exclude one of them")
         found += [n for n in names if n not in found]
+    for name in found:
+        outer = [n for n in found if name.startswith(n + ".")]
+        if outer:
+            raise ConfigError(f"moe.modules_to_save: {name} lies inside {outer[0]}, which is saved whole; name one of them")
+        if any(isinstance(m, TaskLinear) for m in model.get_submodule(name).modules()):
+            raise ConfigError(f"moe.modules_to_save: {name} is a head per task, which trains anyway; leave it out")
     return found
 
 

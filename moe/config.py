@@ -52,7 +52,7 @@ class TaskMoEConfig:
         """The inverse of :meth:`to_dict`; aliases are accepted, lists become tuples.
 
         Raises:
-            ConfigError: a key that is not a setting.
+            ConfigError: a key that is not a setting, or a setting given twice (by its name and by an alias).
         """
         known = {f.name for f in fields(cls)}
         clean: dict[str, Any] = {}
@@ -60,5 +60,7 @@ class TaskMoEConfig:
             name = ALIASES.get(key, key)
             if name not in known:
                 raise ConfigError(f"moe.{key}: unknown setting; known are {', '.join(sorted(known))}")
+            if name in clean:
+                raise ConfigError(f"moe.{key}: {name} is given twice, as {clean[name]} and {value}; keep one")
             clean[name] = tuple(value) if isinstance(value, list) else value
         return cls(**clean)

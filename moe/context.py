@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from taskmoe.kernels.plan import Plan
 from taskmoe.moe.tasks import TaskError
@@ -52,6 +53,7 @@ class Context:
     def __init__(self, task_ids: Sequence[Any], gates: Sequence[Gate] = (), enabled: bool = True) -> None:
         self.packed = bool(task_ids) and isinstance(task_ids[0], (list, tuple))
         self.num_sequences = len(task_ids)
+        self.length = len(task_ids[0]) if self.packed else None
         flat = [t for row in task_ids for t in row] if self.packed else list(task_ids)
         self.tasks = sorted(set(flat))  # ids of the tasks in this batch
         index = {t: i for i, t in enumerate(self.tasks)}
@@ -59,7 +61,18 @@ class Context:
         self.gates = list(gates)
         self.enabled = enabled
         self.bridge: GateBridge | None = None
+        self.checkpointing = False
         self._plans: dict[int, Plan] = {}
+
+    def enter(self, x: Tensor) -> Tensor:
+        """``x`` (floating) as it enters the model: tied to the routers, and fit for reentrant checkpointing."""
+        if not torch.is_grad_enabled():
+            return x
+        if self.bridge is not None:
+            return self.bridge(x)
+        if self.enabled and self.checkpointing and not x.requires_grad:
+            return x.detach().requires_grad_()  # reentrant checkpointing needs an input that requires grad
+        return x
 
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).
@@ -157,15 +170,19 @@ class GateBridge:
 
     The graph between routers and layers is cut: layers see leaves. (Uncut, a reentrant recompute would walk through
     the routers once a layer: "backward through the graph a second time".) Every path from a layer back to the start
-    passes through an input embedding, so an identity there runs after all layers have left their gradient on the
-    leaves, and can hand it to the real gates. Models with several embeddings (encoder, decoder) chain the identities
-    by a scalar, so that the one that holds the gates runs last.
+    passes through an input embedding or a floating input, so an identity there runs after all layers have left their
+    gradient on the leaves, and can hand it to the real gates. Models with several of them (encoder, decoder, towers)
+    chain the identities by a scalar, so that the one that holds the gates runs last.
+
+    ``torch.autograd.grad`` and ``backward(inputs=)`` leave nothing on leaves that they are not asked for: where they
+    ask for the routers, the backward pass raises a RuntimeError.
     """
 
     def __init__(self, values: Tensor) -> None:
         """values: [S, Tb, H, k], the real gates of S routing groups, with their graph."""
         self.leaves = [v.detach().requires_grad_() for v in values.unbind(0)]
         self._carrier = values
+        self._routers, self._leaf = values.grad_fn, get_gradient_edge(self.leaves[0]).node
         self.calls = 0
 
     def __call__(self, embeddings: Tensor) -> Tensor:
@@ -176,6 +193,12 @@ class GateBridge:
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients on the leaves (zeros where a group was not used), which are cleared."""
+        will_run = torch._C._will_engine_execute_node
+        if will_run(self._routers) and not will_run(self._leaf):
+            raise RuntimeError(
+                "routers get their gradient from a plain backward() only: torch.autograd.grad(...) and "
+                "backward(inputs=...) would give them zeros"
+            )
         gradients = [torch.zeros_like(v) if v.grad is None else v.grad for v in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None

@@ -26,19 +26,23 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     config = model.config
     name = getattr(model, "main_input_name", "input_ids")
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
     if name == "pixel_values":
         size = getattr(config, "image_size", 32)
         height, width = (size, size) if isinstance(size, int) else size
         shape = (SEQUENCES, getattr(config, "num_channels", 3), height, width)
-        return {name: torch.randn(shape, generator=generator).to(device)}
+        return {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)}
     if name != "input_ids":
         raise ConfigError(f"{type(model).__name__} takes {name}: pass attach(..., example_inputs=) with 3 examples")
     vocab = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
 
     def ids(length: int) -> Tensor:
-        low = min(4, vocab - 1)  # past the usual special tokens: a pad token could be masked
-        return torch.randint(low, vocab, (SEQUENCES, length), generator=generator).to(device)
+        low = 4 if vocab > 8 else 0  # past the usual special tokens: a pad token could be masked
+        found = torch.arange(length) + torch.arange(SEQUENCES).unsqueeze(1)
+        found = low + found % (vocab - low)
+        eos = getattr(config, "eos_token_id", None)
+        if isinstance(eos, int) and 0 <= eos < vocab:
+            found[:, -1] = eos  # some classifiers (BART, T5) pool there
+        return found.to(device)
 
     inputs = {"input_ids": ids(LENGTH), "attention_mask": torch.ones(SEQUENCES, LENGTH, dtype=torch.long, device=device)}
     if getattr(config, "is_encoder_decoder", False):
@@ -51,7 +55,7 @@ def _with_other_middle(inputs: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in inputs.items():
         if isinstance(value, Tensor) and "mask" not in key and value.dim() > 0 and value.shape[0] == SEQUENCES:
             other = value.clone()
-            other[1] = value[1].flip(0).roll(1, 0) if value.dim() == 1 else value[0].roll(1, 0)
+            other[1] = value[0] if value.dim() == 1 else value[0].roll(1, 0)
             changed[key] = other
     return changed
 

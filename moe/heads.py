@@ -85,7 +85,7 @@ class MeanPoolClassifier(nn.Module):
             return getattr(super().__getattr__("encoder"), name)
 
 
-def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model", dropout: float = 0.0) -> nn.Module:
+def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model") -> nn.Module:
     """Give a model one classification head per task.
 
     pooling "model": the linears of the model's own classification head (all outside ``model.base_model``) become
@@ -93,8 +93,10 @@ def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model", dro
     label count. pooling "mean": ``model`` is a bare encoder; a linear on its mean-pooled output is added.
 
     Raises:
-        ConfigError: a task without labels, or a model without a head.
+        ConfigError: an unknown pooling, a task without labels, or a model whose head is missing or of another size.
     """
+    if pooling not in ("model", "mean"):
+        raise ConfigError(f"pooling: {pooling!r} is unknown; known are model, mean")
     unlabelled = [t.name for t in tasks if not t.labels]
     if unlabelled:
         raise ConfigError(f"task_type: SEQ_CLS needs labels; tasks without: {', '.join(unlabelled)}")
@@ -106,12 +108,18 @@ def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model", dro
         return MeanPoolClassifier(model, TaskLinear(linear, len(tasks), "classifier", counts))
     inner = {id(m) for m in model.base_model.modules()} if model.base_model is not model else set()  # type: ignore[union-attr,operator]
     heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inner]
-    final = [n for n, m in heads if m.out_features == model.config.num_labels]  # type: ignore[union-attr]
-    if not inner or not final:
+    if not inner or not heads:
         raise ConfigError(f"{type(model).__name__} has no classification head; use pooling: mean")
+    if model.config.num_labels != max(counts):  # type: ignore[union-attr]
+        raise ConfigError(
+            f"the model has num_labels {model.config.num_labels}, the largest task has {max(counts)} labels; "  # type: ignore[union-attr]
+            f"build the model with num_labels={max(counts)}"
+        )
+    final = [n for n, m in heads if m.out_features == max(counts)]
+    if not final:
+        raise ConfigError(f"{type(model).__name__} has no linear with {max(counts)} outputs; use pooling: mean")
     for name, linear in heads:
         parent, _, leaf = name.rpartition(".")
-        last = name == final[-1]
-        head = TaskLinear(linear, len(tasks), name, counts if last else None)
+        head = TaskLinear(linear, len(tasks), name, counts if name == final[-1] else None)
         setattr(model.get_submodule(parent), leaf, head)
     return model

@@ -50,7 +50,7 @@ class SavedModule(nn.Module):
     def __init__(self, original: nn.Module, name: str) -> None:
         super().__init__()
         self.original, self.name = original, name
-        self.saved = copy.deepcopy(original).requires_grad_(True)
+        self.saved = copy.deepcopy(original)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self.saved if current(self.name).enabled else self.original

@@ -5,6 +5,8 @@ Legend: B sequences, L positions, S routing groups, T tasks, Tb tasks in this ba
 
 from __future__ import annotations
 
+import inspect
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +42,7 @@ class Routing(nn.Module):
 
 def _embedding_hook(module: nn.Module, args: Any, output: Any) -> Any:
     context = _current.get()
-    if context is None or not torch.is_grad_enabled() or not isinstance(output, Tensor):
-        return None
-    if context.bridge is not None:
-        return context.bridge(output)
-    if context.enabled and not output.requires_grad and output.is_leaf:
-        output.requires_grad_(True)  # reentrant checkpointing needs an input that requires grad
-    return None
+    return context.enter(output) if context is not None and isinstance(output, Tensor) else None
 
 
 class TaskMoEModel(nn.Module):
@@ -60,11 +56,16 @@ class TaskMoEModel(nn.Module):
         self.base_model = base_model
         self.routing = Routing(moe_config, groups, len(tasks))
         self.moe_config, self.tasks = moe_config, tasks
+        self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
         self._checkpointed = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._embeddings = _input_embeddings(base_model)
         for module in self._embeddings:
             module.register_forward_hook(_embedding_hook)
+        self._entries = _entries(base_model)
+        self._parameters_in_order = [
+            p.name for p in inspect.signature(base_model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+        ]
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -72,28 +73,35 @@ class TaskMoEModel(nn.Module):
         """The model's own output, with the experts of ``task_ids``.
 
         Raises:
-            TaskError: task_ids are missing, or name a task that is not in the table.
+            TaskError: task_ids are missing, too few or too many, or name a task that is not in the table.
         """
+        kwargs = self._named(args, kwargs)
         context = self.context(task_ids)
+        if task_ids is not None:
+            self._check_batch(context, kwargs)
         bind_checkpointing(self._checkpointed)
-        bridge = context.bridge
-        if bridge is not None:
-            main = None if self._embeddings else getattr(self.base_model, "main_input_name", None)
-            for name in ("inputs_embeds", "decoder_inputs_embeds", main):
-                if name in kwargs and kwargs[name] is not None:
-                    kwargs[name] = bridge(kwargs[name])
+        for name in self._entries:
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].is_floating_point():
+                kwargs[name] = context.enter(kwargs[name])
         with use(context):
-            output = self.base_model(*args, **kwargs)
-        if bridge is not None and bridge.calls == 0:
+            output = self.base_model(**kwargs)
+        if context.bridge is not None and context.bridge.calls == 0:
             raise RuntimeError(
-                f"{type(self.base_model).__name__} did not call its input embeddings, so the routers would get no "
-                "gradient; pass the inputs by keyword"
+                f"{type(self.base_model).__name__} called no input embedding that get_input_embeddings() knows, so "
+                f"the routers would get no gradient; pass one of {', '.join(self._entries)}"
             )
         return output
 
     def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
-        """``generate`` of the base model; beams and returned sequences belong to their sequence's task."""
-        with torch.no_grad(), use(self.context(task_ids)):
+        """``generate`` of the base model; beams and returned sequences belong to their sequence's task.
+
+        Raises:
+            TaskError: as for :meth:`forward`.
+        """
+        context = self.context(task_ids)
+        if task_ids is not None:
+            self._check_batch(context, {**kwargs, "inputs": args[0] if args else kwargs.get("inputs")})
+        with torch.no_grad(), use(context):
             return self.base_model.generate(*args, **kwargs)  # type: ignore[union-attr,operator]
 
     def context(self, task_ids: Any) -> Context:
@@ -113,6 +121,7 @@ class TaskMoEModel(nn.Module):
             rows: Sequence[Tensor] = context.bridge.leaves
         else:
             rows = values_STHk.detach().unbind(0)
+        context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
         context.gates = [Gate(v, None if slots is None else slots[i]) for i, v in enumerate(rows)]
         return context
 
@@ -121,10 +130,16 @@ class TaskMoEModel(nn.Module):
             if self._mode == "off" and not any(isinstance(m, TaskLinear) for m in self.modules()):
                 return [0]
             raise TaskError("task_ids are missing: pass one task id (or name) per sequence")
-        ids = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
-        if ids and isinstance(ids[0], str):
-            ids = [self.tasks.id(name) for name in ids]
-        flat = [t for row in ids for t in row] if ids and isinstance(ids[0], list) else ids
+        ids = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
+        if not isinstance(ids, (list, tuple)):
+            raise TaskError(f"task_ids are {ids!r}: pass a list or tensor with one task id (or name) per sequence")
+        if ids and isinstance(ids[0], (list, tuple)):
+            ids = [[self._id(t) for t in row] for row in ids]
+            flat = [t for row in ids for t in row]
+            if len({len(row) for row in ids}) > 1:
+                raise TaskError("packed task_ids have rows of unequal length: pass one task per position, [B, L]")
+        else:
+            ids = flat = [self._id(t) for t in ids]
         if not flat:
             raise TaskError("task_ids are empty: pass one task id (or name) per sequence")
         low, high = min(flat), max(flat)
@@ -132,6 +147,39 @@ class TaskMoEModel(nn.Module):
             bad = low if low < 0 else high
             raise TaskError(f"task id {bad} is not in the table of {len(self.tasks)} tasks (0..{len(self.tasks) - 1})")
         return ids
+
+    def _id(self, task: Any) -> int:
+        if isinstance(task, str):
+            return self.tasks.id(task)
+        if isinstance(task, bool) or not hasattr(task, "__index__"):
+            raise TaskError(f"task_ids hold {task!r}: give whole numbers or task names")
+        return operator.index(task)
+
+    def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(self._parameters_in_order, args, strict=False))
+        if len(named) < len(args) or named.keys() & kwargs.keys():
+            raise TypeError(
+                f"{len(args)} positional arguments do not fit {type(self.base_model).__name__}.forward; name them"
+            )
+        return {**named, **kwargs}
+
+    def _check_batch(self, context: Context, inputs: Mapping[str, Any]) -> None:
+        """Rows are split evenly over the sequences, so a wrong number of task ids might go unnoticed."""
+        main = getattr(self.base_model, "main_input_name", "input_ids")
+        for name in dict.fromkeys((main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids")):
+            value = inputs.get(name)
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape[0] != context.num_sequences:
+                raise TaskError(
+                    f"task_ids name {context.num_sequences} sequences, {name} holds {value.shape[0]}: "
+                    "pass one task per sequence"
+                )
+            if context.packed and name == main and tuple(value.shape[:2]) != (context.num_sequences, context.length):
+                raise TaskError(
+                    f"packed task_ids have {context.length} positions a row, {name} has {value.shape[1]}: "
+                    "pass one task per position"
+                )
 
     @contextmanager
     def _in_mode(self, mode: str) -> Iterator[None]:
@@ -240,13 +288,19 @@ class TaskMoEModel(nn.Module):
             return getattr(super().__getattr__("base_model"), name)
 
 
+def _entries(model: nn.Module) -> list[str]:
+    """Names of the arguments by which floating inputs enter the model or one of its parts (an image tower)."""
+    names = ["inputs_embeds", "decoder_inputs_embeds"]
+    names += [str(m.main_input_name) for m in model.modules() if hasattr(m, "main_input_name")]
+    return list(dict.fromkeys(names))
+
+
 def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The token embeddings of the model, of its encoder and of its decoder, each once."""
+    """The token embeddings of the model and of its parts (encoder, decoder, towers), each once."""
     found: dict[int, nn.Module] = {}
-    owners = [model, *(getattr(model, get, lambda: None)() for get in ("get_encoder", "get_decoder"))]
-    for owner in owners:
+    for owner in model.modules():
         try:
-            embedding = owner.get_input_embeddings() if owner is not None else None
+            embedding = owner.get_input_embeddings()  # type: ignore[operator]
         except (NotImplementedError, AttributeError):
             continue
         if isinstance(embedding, nn.Embedding) or (embedding is not None and hasattr(embedding, "num_embeddings")):

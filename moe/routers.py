@@ -66,15 +66,17 @@ class NoRouter(nn.Module):
     """No parameters: logits of zero for every expert (with gate: uniform)."""
 
     task_dims: dict[str, int] = {}
+    zero: Tensor
 
     def __init__(self, config: TaskMoEConfig, num_groups: int, num_tasks: int) -> None:
         super().__init__()
         self.shape = (num_groups, config.num_heads, config.num_experts)
+        self.register_buffer("zero", torch.zeros(()), persistent=False)  # follows the model's dtype and device
 
     def forward(self, tasks: Tensor) -> Tensor:
         """tasks: [Tb] int64 -> zeros [S, Tb, H, E]."""
         s, h, e = self.shape
-        return torch.zeros(s, tasks.numel(), h, e, device=tasks.device)
+        return self.zero.new_zeros(s, tasks.numel(), h, e)
 
 
 ROUTERS: dict[str, Callable[[TaskMoEConfig, int, int], nn.Module]] = {

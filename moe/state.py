@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import GROUPS, TaskMoEModel, task_dims
 from taskmoe.moe.tasks import TaskTable
 
@@ -51,11 +51,16 @@ def read_config(folder: str | Path) -> TaskMoEConfig:
     path = Path(folder) / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("peft_type") != "TASKMOE" or values.pop("format") != FORMAT:
-            raise StateError(f"{path}: not a taskmoe adapter of format {FORMAT}")
+        kind = (values.pop("peft_type", None), values.pop("format", None))
+        if kind != ("TASKMOE", FORMAT):
+            raise StateError(f"{path}: not a taskmoe adapter of format {FORMAT}, but peft_type {kind[0]}, format {kind[1]}")
         values.pop("base_model_name_or_path", None)
         return TaskMoEConfig.from_dict(values)
-    except (OSError, KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
+    except StateError:
+        raise
+    except ConfigError as error:
+        raise StateError(f"{path}: {error}") from error
+    except (OSError, AttributeError, TypeError, ValueError) as error:  # ValueError: broken JSON, or not UTF-8
         raise StateError(f"{path}: not a readable adapter config ({type(error).__name__}: {error})") from error
 
 
@@ -83,22 +88,27 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"
         raise StateError(f"{folder / WEIGHTS} {what} ({len(missing)} missing, {len(extra)} unexpected): other settings?")
     dims = task_dims(model)
-    with torch.no_grad():
+    values: dict[str, Tensor] = {}
+    for name, parameter in own.items():
+        expected = list(parameter.shape)
+        if name in dims:
+            expected[dims[name]] = len(saved)
+        if list(state[name].shape) != expected:
+            raise StateError(
+                f"{folder / WEIGHTS}: {name} has shape {tuple(state[name].shape)}, the model needs "
+                f"{tuple(expected)}: other settings?"
+            )
+        values[name] = state[name]
+        if name in dims:
+            values[name] = _grown(state[name], parameter, dims[name], model.moe_config.new_task_rows)
+    with torch.no_grad():  # only now: an error leaves the model as it was
         for name, parameter in own.items():
-            value = state[name]
-            if name in dims and len(saved) < len(model.tasks):
-                value = _grown(value, parameter, dims[name], model.moe_config.new_task_rows)
-            if value.shape != parameter.shape:
-                raise StateError(
-                    f"{folder / WEIGHTS}: {name} has shape {tuple(value.shape)}, the model needs "
-                    f"{tuple(parameter.shape)}: other settings?"
-                )
-            parameter.copy_(value)
+            parameter.copy_(values[name])
 
 
 def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
     """``value`` with rows appended along ``axis`` up to the size of ``parameter``."""
-    if value.dim() != parameter.dim() or value.shape[axis] >= parameter.shape[axis]:
+    if value.shape[axis] == parameter.shape[axis]:
         return value
     new = parameter.detach().cpu().narrow(axis, value.shape[axis], parameter.shape[axis] - value.shape[axis])
     if rule == "mean":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -36,17 +37,20 @@ def layer_number(name: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def find_targets(model: nn.Module, config: TaskMoEConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: TaskMoEConfig, saved: Sequence[str] = ()) -> dict[str, nn.Module]:
     """{name: module} of the linears that ``config`` selects, in the order of the model.
 
-    "all-linear" is every linear except the output embeddings and the classification head.
+    "all-linear" is every linear except the output embeddings and the classification head. Modules named in ``saved``
+    (trained whole) and what is inside them are left out.
 
     Raises:
         ConfigError: nothing matches, or a name in a list matches nothing; lists the closest names.
     """
     candidates = {n: m for n, m in model.named_modules() if features(m) is not None}
+    for key in ("target_modules", "exclude_modules"):
+        _check_patterns(key, getattr(config, key), candidates)
     pattern = config.target_modules
-    if pattern == "all-linear":
+    if isinstance(pattern, str) and pattern.lower() == "all-linear":
         outputs = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {n: m for n, m in candidates.items() if m is not outputs}
         if type(model).__name__.endswith("ForSequenceClassification"):
@@ -54,17 +58,15 @@ def find_targets(model: nn.Module, config: TaskMoEConfig) -> dict[str, nn.Module
             chosen = {n: m for n, m in chosen.items() if id(m) in inner}
     else:
         chosen = {n: m for n, m in candidates.items() if _matches(n, pattern)}
-        if not isinstance(pattern, str):
-            for wanted in pattern:
-                if not any(_matches(n, (wanted,)) for n in candidates):
-                    raise ConfigError(_no_match("target_modules", wanted, candidates))
     if not chosen:
         raise ConfigError(_no_match("target_modules", pattern, candidates))
+    chosen = {n: m for n, m in chosen.items() if not any(n == s or n.startswith(s + ".") for s in saved)}
+    if not chosen:
+        raise ConfigError("moe.modules_to_save leaves no target; save less or target more")
     if config.exclude_modules is not None:
-        kept = {n: m for n, m in chosen.items() if not _matches(n, config.exclude_modules)}
-        if len(kept) == len(chosen):
-            raise ConfigError(_no_match("exclude_modules", config.exclude_modules, chosen))
-        chosen = kept
+        chosen = {n: m for n, m in chosen.items() if not _matches(n, config.exclude_modules)}
+    if not chosen:
+        raise ConfigError("moe.exclude_modules leaves no target; exclude less")
     if config.layers_to_transform is not None:
         wanted_layers = config.layers_to_transform
         numbers = {wanted_layers} if isinstance(wanted_layers, int) else set(wanted_layers)
@@ -72,9 +74,20 @@ def find_targets(model: nn.Module, config: TaskMoEConfig) -> dict[str, nn.Module
         if missing:
             raise ConfigError(f"moe.layers_to_transform: no target in layers {sorted(missing)}; pick layers that exist")
         chosen = {n: m for n, m in chosen.items() if layer_number(n) in numbers}
-    if not chosen:
-        raise ConfigError("moe.exclude_modules leaves no target; exclude less")
     return chosen
+
+
+def _check_patterns(key: str, pattern: str | tuple[str, ...] | None, candidates: dict[str, nn.Module]) -> None:
+    """A regex must compile and match a linear, and so must every name of a list."""
+    if pattern is None or (isinstance(pattern, str) and pattern.lower() == "all-linear"):
+        return
+    for wanted in (pattern,) if isinstance(pattern, str) else [(name,) for name in pattern]:
+        try:
+            found = any(_matches(n, wanted) for n in candidates)
+        except re.error as error:
+            raise ConfigError(f"moe.{key}: {wanted!r} is not a regular expression ({error})") from error
+        if not found:
+            raise ConfigError(_no_match(key, wanted if isinstance(wanted, str) else wanted[0], candidates))
 
 
 def _no_match(key: str, pattern: object, candidates: dict[str, nn.Module]) -> str:
@@ -97,6 +110,10 @@ def check_rank_pattern(names: list[str], config: TaskMoEConfig) -> None:
     ConfigError: a key of ``rank_pattern`` that matches no target.
     """
     for pattern in config.rank_pattern or {}:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"moe.rank_pattern: {pattern!r} is not a regular expression ({error})") from error
         if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in names):
             raise ConfigError(f"moe.rank_pattern: {pattern!r} matches no target; targets are {', '.join(names[:8])} ...")
 
@@ -111,4 +128,4 @@ def routing_group(name: str, scope: str) -> str:
     if found is None:
         return name.rpartition(".")[0] or name
     end = found.end(1) if scope == "layer" else found.start(1)
-    return name[:end].rstrip(".")
+    return name[:end].rstrip(".") or "stack"

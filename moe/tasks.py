@@ -55,8 +55,10 @@ class TaskTable:
         """A table of tasks without labels.
 
         Raises:
-            TaskError: an empty or repeated name.
+            TaskError: an empty or repeated name, or one string in place of a list of names.
         """
+        if isinstance(names, str):
+            raise TaskError(f"tasks are {names!r}, one string; give a list of names")
         table = cls()
         for name in names:
             table.add(name)
@@ -68,17 +70,19 @@ class TaskTable:
         Raises:
             TaskError: the name is empty or already in the table.
         """
-        slug = slugify(name, (t.slug for t in self._tasks))
+        slug = slugify(name, (t.slug for t in self._tasks)) if isinstance(name, str) else ""
         self._append(Task(name, slug, None if labels is None else tuple(labels), group))
         return len(self._tasks) - 1
 
     def _append(self, task: Task) -> None:
         if not isinstance(task.name, str) or not task.name.strip():
-            raise TaskError(f"task name {task.name!r} is empty; give every task a name")
+            raise TaskError(f"task name {task.name!r} is not a text with letters; give every task a name")
         if task.name in self._ids:
             raise TaskError(f"task {task.name!r} is in the table twice; names must be unique")
         if not SLUG.fullmatch(task.slug):
             raise TaskError(f"task {task.name!r}: slug {task.slug!r} is not of the form [a-z0-9_-]{{1,64}}")
+        if any(t.slug == task.slug for t in self._tasks):
+            raise TaskError(f"task {task.name!r}: slug {task.slug!r} is in the table twice; slugs name files")
         self._ids[task.name] = len(self._tasks)
         self._tasks.append(task)
 
