@@ -13,6 +13,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+
 from taskmoe.train.data.errors import DataError
 
 Ids = list[int]
@@ -70,11 +72,14 @@ def encode_messages(tokenizer: Any, messages: list[dict[str, str]], where: str =
             piece = encode_prompts(tokenizer, [text], "CAUSAL_LM")[0]
         if learned:
             prompt_length = len(ids)
-            # A template may close a turn with text after its end token ("<|im_end|>\n").
             if eos is not None and eos not in piece:
                 piece = [*piece, eos]
+            # A template may close a turn with text after its end token ("<|im_end|>\n"), never generated.
+            end = len(piece) if eos is None else piece.index(eos) + 1
+            labels += piece[:end] + [IGNORE] * (len(piece) - end)
+        else:
+            labels += [IGNORE] * len(piece)
         ids += piece
-        labels += piece if learned else [IGNORE] * len(piece)
     return ids, labels, prompt_length
 
 
@@ -97,8 +102,13 @@ def _chat_segments(tokenizer: Any, messages: list[dict[str, str]], where: str) -
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        try:
+            before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"the tokenizer's chat template refuses the turns: {error.message}", where
+            ) from error
         if not before.startswith(done) or not after.startswith(before):
             raise DataError(
                 "the tokenizer's chat template rewrites earlier turns, so the assistant's turn cannot be "

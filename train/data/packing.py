@@ -19,7 +19,7 @@ from taskmoe.moe.config import ConfigError
 from taskmoe.train.config import Config
 
 _ROWS = ("eager", "sdpa", "flex_attention")  # any number of packs in a batch
-_FLAT = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # one long sequence
+FLAT_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # one long sequence
 
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -46,7 +46,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 def is_flat(model: Any) -> bool:
     """True when the model's attention wants all packs of a batch as one long sequence."""
-    return getattr(model.config, "_attn_implementation", None) in _FLAT
+    return getattr(model.config, "_attn_implementation", None) in FLAT_ATTENTION
 
 
 def supports_packing(model: Any, config: Config) -> str | None:
@@ -67,9 +67,9 @@ def supports_packing(model: Any, config: Config) -> str | None:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{name} takes no position_ids"
     attention = getattr(model.config, "_attn_implementation", None)
-    if attention not in _ROWS + _FLAT:
+    if attention not in _ROWS + FLAT_ATTENTION:
         return f"attn_implementation {attention!r} is not known to keep packed rows apart"
-    if attention in _FLAT or any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+    if attention in FLAT_ATTENTION or any(p.is_meta or p.numel() == 0 for p in model.parameters()):
         return None
     return _probe(model, f"{name} with attn_implementation {attention}")
 

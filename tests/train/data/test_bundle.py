@@ -44,7 +44,9 @@ def test_numbers_as_labels_are_sorted_as_numbers(write: Write, configure: Config
 
 
 def test_a_task_column_splits_a_file(write: Write, configure: Configure) -> None:
-    path = write("a.jsonl", [{**SST[0], "channel": "b"}, {**SST[1], "channel": 7}, {**SST[1], "channel": "b"}])
+    path = write(
+        "a.jsonl", [{**SST[0], "channel": "b"}, {**SST[1], "channel": 7}, {**SST[1], "channel": "b"}]
+    )
     said: list[str] = []
     raw = read(configure(path), said=said)
     assert raw.tasks.names == ["b", "7"]
@@ -81,8 +83,9 @@ def test_root_folders(write: Write, tmp_path: Path, configure: Configure) -> Non
 
 
 def test_bad_rows_stop_or_are_counted(write: Write, configure: Configure) -> None:
-    lines = '{"text": "good", "label": "pos"}\n{"text": ""  , "label": "pos"}\n{"text"\n{"text": "x"}\n{"text": " "}\n'
-    path = write("a.jsonl", lines)
+    lines = ['{"text": "good", "label": "pos"}', '{"text": "", "label": "pos"}', '{"text"', '{"text": "x"}',
+             '{"text": " "}']  # fmt: skip
+    path = write("a.jsonl", "\n".join(lines))
     with pytest.raises(DataError, match=rf"^{path}:2: column 'text' is empty"):
         read(configure(path))
     said: list[str] = []
@@ -148,7 +151,10 @@ def test_a_split_that_no_task_has(write: Write, configure: Configure) -> None:
 
 def test_row_limits_take_the_same_sample_every_time(write: Write, configure: Configure) -> None:
     path = write("a.jsonl", [{"text": str(i), "label": str(i // 50)} for i in range(100)])
-    for config in (configure(DatasetConfig(path=str(path), max_rows=10)), configure(path, max_rows_per_task=10)):
+    for config in (
+        configure(DatasetConfig(path=str(path), max_rows=10)),
+        configure(path, max_rows_per_task=10),
+    ):
         raw = read(config)
         texts = column(raw, "train", 0, "prompt")
         assert len(texts) == 10
@@ -223,11 +229,14 @@ def test_tokens_and_rows_go_together(
         for one, rows in zip(of_tasks, raw.splits[split], strict=True):
             assert list(one.raw) == rows
             assert list(one.tokens["row"]) == list(range(len(rows)))
-            assert set(one.tokens.column_names) == {
-                "CAUSAL_LM": {"input_ids", "labels", "length", "prompt_length", "row"},
-                "SEQ_2_SEQ_LM": {"input_ids", "labels", "length", "row"},
-                "SEQ_CLS": {"input_ids", "label", "length", "row"},
-            }[task_type]
+            assert (
+                set(one.tokens.column_names)
+                == {
+                    "CAUSAL_LM": {"input_ids", "labels", "length", "prompt_length", "row"},
+                    "SEQ_2_SEQ_LM": {"input_ids", "labels", "length", "row"},
+                    "SEQ_CLS": {"input_ids", "label", "length", "row"},
+                }[task_type]
+            )
     if task_type == "SEQ_CLS":
         assert list(bundle.splits["train"][0].tokens["label"]) == [1, 0]
 

@@ -87,7 +87,7 @@ def test_accepted_may_be_a_cell_of_a_table() -> None:
     ("form", "row", "words"),
     [
         ("text_label", {"txt": "x", "label": 1}, "no column 'text' (did you mean 'txt'?)"),
-        ("text_label", {"text": "x"}, "no column 'label'; format text_label needs text+label, the row has text"),
+        ("text_label", {"text": "x"}, "no column 'label'; format text_label needs text+label"),
         ("text_label", {"text": "  \n", "label": 1}, "column 'text' is empty"),
         ("text_label", {"text": None, "label": 1}, "column 'text' is null"),
         ("text_label", {"text": "x", "label": " "}, "column 'label' is empty"),
@@ -104,9 +104,9 @@ def test_accepted_may_be_a_cell_of_a_table() -> None:
         ("messages", {"messages": [{"role": "asistant", "content": "x"}]}, "nearest known is 'assistant'"),
         ("messages", {"messages": TURNS[:1]}, "ends with a turn of 'user'"),
         ("messages", {"messages": TURNS[1:]}, "nothing before the assistant's turn"),
-        ("messages", {"messages": [{"role": "user", "content": ""}, TURNS[1]]}, "messages[0].content is empty"),
+        ("messages", {"messages": [{"role": "user", "content": ""}]}, "messages[0].content is empty"),
         ("conversations", {"conversations": [{"from": "me", "value": "x"}]}, "conversations[0].from is 'me'"),
-        ("conversations", {"conversations": [{"from": ["me"], "value": "x"}]}, "conversations[0].from is ['me']"),
+        ("conversations", {"conversations": [{"from": [1], "value": "x"}]}, "conversations[0].from is [1]"),
         ("conversations", {"conversations": TURNS}, "conversations[0] needs the keys 'from' and 'value'"),
     ],
 )  # fmt: skip

@@ -55,7 +55,9 @@ def test_root_takes_each_folder_as_a_task_in_sorted_order(write: Write, tmp_path
     found = find_sources(Config(datasets=entries, data=DataConfig(root=str(tmp_path / "root"))))
     assert [s.name for s in found] == ["a", "b"]
     assert sorted(found[0].files) == ["test", "train"]
-    assert found[1].config.group == "g"  # settings of the entry of that name, but not where it would come from
+    assert (
+        found[1].config.group == "g"
+    )  # settings of the entry of that name, but not where it would come from
     assert (found[1].config.subset, found[1].config.validation_split) == (None, None)
     assert read(found[1], "train") == ROW
 
@@ -75,9 +77,7 @@ def test_root_takes_each_folder_as_a_task_in_sorted_order(write: Write, tmp_path
         ),
     ],
 )
-def test_paths_that_lead_nowhere(
-    write: Write, tmp_path: Path, entry: dict[str, str], words: str
-) -> None:
+def test_paths_that_lead_nowhere(write: Write, tmp_path: Path, entry: dict[str, str], words: str) -> None:
     write("sst/train.jsonl", ROW)
     write("two/train.jsonl", ROW)
     write("two/train.csv", "text,label\n")
