@@ -43,7 +43,7 @@ def item_type(kind: Any) -> Any:
 
 def section(kind: Any) -> type | None:
     """The dataclass a field holds, if it holds one."""
-    return next((m for m in members(kind) if dataclasses.is_dataclass(m)), None)
+    return next((m for m in members(kind) if isinstance(m, type) and dataclasses.is_dataclass(m)), None)
 
 
 def key_name(cls: type, key: str) -> str:
@@ -75,8 +75,12 @@ def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             for i, item in enumerate(value):
                 yield from leaves(item, f"{path}.{i}")
         else:
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
-            yield path, value, default
+            yield path, value, default_of(f)
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """The value of a field that nobody sets."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def nearest(word: str, known: list[str]) -> str:

@@ -12,7 +12,7 @@ from taskmoe.moe.config import ALIASES
 from taskmoe.train import config_overrides, config_yaml
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_checks import validate
-from taskmoe.train.config_decode import Decoder
+from taskmoe.train.config_decode import Decoder, default_of
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.config_yaml import Origins, join
 
@@ -110,8 +110,7 @@ def _plain(value: Any, path: str, idle: dict[str, str]) -> Any:
         kept = {}
         for f in dataclasses.fields(value):
             here, item = join(path, f.name), getattr(value, f.name)
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
-            if here in idle and item == default:
+            if here in idle and item == default_of(f):
                 continue
             kept[f.name] = _plain(item, here, idle)
         return kept

@@ -129,24 +129,21 @@ def _put(tree: dict[str, Any], origins: Origins, parts: list[str | int], value: 
     here: Any = tree
     path = ""
     for part, following in zip(parts, [*parts[1:], None], strict=True):
-        if isinstance(here, list) != isinstance(part, int) or not isinstance(here, list | dict):
-            raise ConfigError(f"{origins.get(path, origin)}: {path}: expected {_kind(part)}, found {here!r}")
+        wanted, kind = (list, "a list") if isinstance(part, int) else (dict, "a section")
+        if type(here) is not wanted:
+            raise ConfigError(f"{origins.get(path, origin)}: {path}: expected {kind}, found {here!r}")
         path = join(path, str(part))
+        # A run that names no phases has one, so that --phases.1 is a second.
         fresh: Any = [{}] if path == "phases" else [] if isinstance(following, int) else {}
-        if isinstance(part, int):
-            if part > len(here):
-                raise ConfigError(f"{origin}: index {part}, but the list has {len(here)} items")
-            if part == len(here):
-                here.append(fresh)
+        if isinstance(part, int) and part > len(here):
+            raise ConfigError(f"{origin}: index {part}, but the list has {len(here)} items")
+        if isinstance(part, int) and part == len(here):
+            here.append(fresh)
         if following is None:
             here[part] = value
-        elif not isinstance(here, list) and here.get(part) is None:
-            here[part] = fresh  # [{}] for phases: a run that names none has one
+        elif here[part] is None if isinstance(part, int) else here.get(part) is None:
+            here[part] = fresh
         here = here[part]
     for old in [p for p in origins if p.startswith(path + ".")]:
         del origins[old]
     origins[path] = origin
-
-
-def _kind(part: str | int) -> str:
-    return "a list" if isinstance(part, int) else "a section"

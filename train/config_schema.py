@@ -41,8 +41,8 @@ def field_comments(module: ModuleType) -> dict[tuple[str, str], str]:
         if token.type == tokenize.COMMENT
     }
     found = {}
-    for node in ast.parse(source).body:
-        for item in node.body if isinstance(node, ast.ClassDef) else ():
+    for node in (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)):
+        for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
                 comment = " ".join(on_line[n] for n in lines if n in on_line)

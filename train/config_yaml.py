@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -31,11 +31,11 @@ _RESOLVERS = (
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+    """PyYAML's, with the scalars of YAML 1.2."""
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+    """Quotes what :class:`_Loader` would take for something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -49,9 +49,10 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 _Dumper.add_representer(str, _represent_text)
 
-for _tag, _pattern, _first in _RESOLVERS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)  # type: ignore[attr-defined]
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}  # without those of YAML 1.1
+    for _tag, _pattern, _first in _RESOLVERS:
+        _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], Origins]:
@@ -144,4 +145,4 @@ def join(path: str, key: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    return {list: "a list", dict: "a mapping", str: "text"}.get(type(value), repr(value))
+    return "a list" if isinstance(value, list) else "text" if isinstance(value, str) else repr(value)
