@@ -130,7 +130,8 @@ def _put(tree: dict[str, Any], origins: Origins, parts: list[str | int], value: 
     path = ""
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         wanted, kind = (list, "a list") if isinstance(part, int) else (dict, "a section")
-        if type(here) is not wanted:
+        fits = isinstance(here, wanted)
+        if not fits:
             raise ConfigError(f"{origins.get(path, origin)}: {path}: expected {kind}, found {here!r}")
         path = join(path, str(part))
         # A run that names no phases has one, so that --phases.1 is a second.
