@@ -137,7 +137,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Mute transformers' load report and bar: :func:`_load` checks what is missing, and every rank would print it."""
+    """Mute transformers' load report and bar, on every rank; :func:`_load` checks what is missing."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
