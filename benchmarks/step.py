@@ -111,7 +111,7 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", nargs="+", default=["16x128", "16x8"], help="sequences x tokens")
     parser.add_argument("--rounds", type=int, default=40, help="steps of each variant")
     parser.add_argument("--width", type=int, default=256)
