@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # Set per process by starters that are no torch launcher; a run below them would be N runs in one folder.
 FOREIGN_WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-TEXT_BYTES = 2048
 
 Value = TypeVar("Value")
 
@@ -56,8 +56,8 @@ def init(config: Config | None = None, *, timeout_s: float = 3600.0) -> Ranks:
     tokenises and writes while the others wait; a rank that dies is noticed by the launcher at once.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete, there are more ranks than GPUs, or `bf16` is asked
-            of a GPU that has none.
+        ConfigError: the launcher's variables are incomplete, there are more ranks than GPUs, or `bf16` is
+            asked of a GPU that has none.
     """
     existed = dist.is_initialized()
     own_variables = _complete_environment(existed)
@@ -154,7 +154,7 @@ def quieten(rank: int) -> None:
     logger.setLevel(level)
     for handler in logger.handlers:
         # DeepSpeed logs to stdout, where `--json` promises nothing but JSON.
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+        if type(handler) is logging.StreamHandler:  # not a subclass: those own their stream
             handler.setStream(_CurrentStderr())
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
@@ -162,7 +162,8 @@ def quieten(rank: int) -> None:
         transformers.utils.logging.disable_progress_bar()
         datasets.utils.logging.disable_progress_bar()
     # torch renamed two collectives in 2.13; DeepSpeed still calls the old names.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    renamed = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -198,23 +199,41 @@ def gather_objects(value: Value) -> list[Value]:
     return values
 
 
-def gather_texts(text: str, timeout_s: float | None = None) -> list[str]:
-    """Every rank's `text` (cut at about 2000 bytes) in rank order; unlike `gather_objects` it can give up.
+def exchange_failures(failure: str, patience_s: float) -> dict[int, str]:
+    """Tells the other ranks how this one fared ("": well) and returns {rank: failure}, empty when all are well.
+
+    Goes through the group's key-value store: a collective would have to be given up when another rank stands
+    in one of its own, and leaving the group waits for collectives that were given up. Once a failure is
+    known, the ranks that have not answered get `patience_s` seconds; they are then left out.
 
     Raises:
-        RuntimeError: `timeout_s` passed before all ranks had called it, or a rank is gone.
+        RuntimeError: another rank is gone.
     """
     if not _several():
-        return [text]
-    encoded = text.encode()[: TEXT_BYTES - 1].ljust(TEXT_BYTES, b"\0")
-    mine = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(_collective_device())
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    work = dist.all_gather(parts, mine, async_op=True)
-    if timeout_s is None:
-        work.wait()
-    elif not work.wait(timedelta(seconds=timeout_s)):
-        raise RuntimeError(f"not all ranks answered within {timeout_s:.0f} s")
-    return [bytes(part.cpu().tolist()).rstrip(b"\0").decode(errors="ignore") for part in parts]
+        return {0: failure} if failure else {}
+    # What init_process_group keeps; torch has no public way to it.
+    store = dist.distributed_c10d._get_default_store()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    turn = store.add(f"taskmoe/turn/{rank}", 1)
+    store.set(f"taskmoe/report/{turn}/{rank}", "." + failure)
+    if turn > 2:  # read by all, or they would not have come this far
+        store.delete_key(f"taskmoe/report/{turn - 2}/{rank}")
+    reports: dict[int, str] = {}
+    deadline, pause = None, 0.002
+    while True:
+        for other in set(range(size)) - set(reports):
+            if store.check([key := f"taskmoe/report/{turn}/{other}"]):
+                reports[other] = store.get(key).decode(errors="replace")[1:]
+        failures = {other: text for other, text in sorted(reports.items()) if text}
+        if failures and deadline is None:
+            deadline = time.monotonic() + patience_s
+        if len(reports) == size:
+            barrier()  # the store lives in one of the ranks, which must not leave before all have read
+            return failures
+        if deadline is not None and time.monotonic() > deadline:
+            return failures
+        time.sleep(pause)
+        pause = min(0.1, 1.5 * pause)
 
 
 def barrier() -> None:
@@ -252,8 +271,8 @@ def _complete_environment(group_exists: bool) -> tuple[str, ...]:
         for name in FOREIGN_WORLD_SIZES:
             if int(os.environ.get(name) or 1) > 1:
                 raise ConfigError(
-                    f"{name}={os.environ[name]}, but RANK and WORLD_SIZE are not set: each process would train "
-                    f"alone into the same folder; start with deepspeed, torchrun or --num_ranks"
+                    f"{name}={os.environ[name]}, but RANK and WORLD_SIZE are not set: each process would "
+                    f"train alone into the same folder; start with deepspeed, torchrun or --num_ranks"
                 )
         known = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0,
                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}  # fmt: skip
@@ -278,10 +297,11 @@ def _device(config: Config | None, local_rank: int) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU of its own ({count} visible): start at most {count} "
-            f"ranks, or set DS_ACCELERATOR=cpu"
+            f"rank {local_rank} of this machine has no GPU of its own ({count} visible): start at most "
+            f"{count} ranks, or set DS_ACCELERATOR=cpu"
         )
     torch.cuda.set_device(local_rank)
     if config is not None and config.bf16 and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"bf16: true, but {torch.cuda.get_device_name(local_rank)} has no bf16: set bf16: false")
+        name = torch.cuda.get_device_name(local_rank)
+        raise ConfigError(f"bf16: true, but {name} has no bf16: set bf16: false")
     return torch.device("cuda", local_rank)

@@ -18,13 +18,12 @@ from taskmoe.train import checkpoint
 from taskmoe.train.batches import StepBatches
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import dump
-from taskmoe.train.data.collator import Batch
 from taskmoe.train.distributed import Ranks, all_sum, barrier, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
 from taskmoe.train.evaluate import evaluate
 from taskmoe.train.meter import Meter
 from taskmoe.train.mixing import MixtureSampler, excess, expected_epochs, rates
-from taskmoe.train.objectives import Counts, count, step_loss
+from taskmoe.train.objectives import Counts, count, model_inputs, step_loss
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
 from taskmoe.train.setup import base_state, build_data, build_moe, load_base, load_base_state, save_base
 from taskmoe.train.signals import StopRequest
@@ -147,7 +146,8 @@ class Run:
         self.model.train()
         with self.engine.accumulate():
             for batch in batches:
-                logits = self.engine.engine(**self._inputs(batch)).logits
+                inputs = model_inputs(batch, task_type, self.model.config, self.ranks.device)
+                logits = self.engine.engine(**inputs).logits
                 loss, sums_T = step_loss(
                     logits, batch, counts, self.weights_T, task_type=task_type,
                     reduction=config.loss_reduction, label_smoothing=config.label_smoothing_factor,
@@ -162,19 +162,6 @@ class Run:
         self._moved = self._moved or any(r > 0 for r in rate.values())
         self.step += 1
         return norm, rate
-
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        """What the model's forward takes; labels stay out, the loss is ours."""
-        device = self.ranks.device
-        names = ("input_ids", "attention_mask", "position_ids")
-        inputs: dict[str, Any] = {n: batch[n].to(device) for n in names if batch.get(n) is not None}  # type: ignore[union-attr]
-        if self.config.task_type == "SEQ_2_SEQ_LM":
-            labels = batch["labels"].to(device)
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        if self.config.task_type != "SEQ_CLS":
-            inputs["use_cache"] = False
-        inputs["task_ids"] = batch["task_ids"]  # on the CPU: the plan is built there
-        return inputs
 
     # -- phases ---------------------------------------------------------------------------------------------------
 
@@ -222,9 +209,10 @@ class Run:
     def _announce(self, phase: Phase) -> None:
         """Set the mixture of a phase and say what will happen."""
         budget = phase.steps * self._rows_per_step
-        shares = rates(phase.mixing, self.sizes, self.tasks.names, budget)
+        sampler = self.batches.sampler
         if self.step == phase.start:
-            self.batches.sampler.set_rates(shares)
+            sampler.set_rates(rates(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn))
+        too_many = excess(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn)
         say = self.tracker.line
         say(f"phase {phase.name}: steps {self.step} to {phase.end}, {self._rows_per_step} rows a step, "
             f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}")  # fmt: skip
@@ -233,10 +221,10 @@ class Run:
         say("trains " + ", ".join(f"{g} {n:,} in {len(groups[g])} tensors" for g, n in sizes.items()))
         if self.model.not_run:
             say(f"no experts on {', '.join(self.model.not_run)}: a forward pass never runs them")
-        for line in epochs_table(self.tasks, self.sizes, shares, expected_epochs(shares, self.sizes, budget)):
+        epochs = expected_epochs(sampler.rates, self.sizes, budget)
+        for line in epochs_table(self.tasks, self.sizes, sampler.rates, epochs):
             say(line)
-        too_many = excess(phase.mixing, self.sizes, self.tasks.names, budget)
-        if too_many:
+        if too_many and self.step == phase.start:
             say(f"mixing.max_epochs: {phase.mixing.max_epochs} allows {budget - too_many} of the {budget} rows of this "
                 "phase; all tasks repeat more often")  # fmt: skip
         if self.ranks.is_main and not (self.folder / "trainable.txt").exists():

@@ -17,6 +17,7 @@ from taskmoe.moe.state import StateError
 from taskmoe.train.config import Config
 from taskmoe.train.data.bundle import DataBundle, read_tasks, tokenise
 from taskmoe.train.data.collator import Collator
+from taskmoe.train.data.packing import FLAT_ATTENTION, require_packing
 from taskmoe.train.distributed import Ranks, barrier
 from taskmoe.train.models import build_model, build_tokenizer
 
@@ -59,12 +60,19 @@ def build_data(
     if ranks.is_main:
         barrier()
     labels = [len(t.labels or ()) for t in bundle.tasks]
-    return Data(tokenizer, bundle, Collator(tokenizer, config.task_type, len(bundle.tasks), labels))
+    packing = config.data.packing
+    collator = Collator(
+        tokenizer, config.task_type, len(bundle.tasks), labels, packing, config.data.max_length if packing else None,
+        flat=config.attn_implementation in FLAT_ATTENTION,
+    )  # fmt: skip
+    return Data(tokenizer, bundle, collator)
 
 
 def build_moe(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: TaskTable, ranks: Ranks) -> TaskMoEModel:
     """The base model with heads, banks and routers; the same on every rank (seeded by ``config.seed``)."""
     base = build_model(config, tokenizer, tasks)
+    if config.data.packing:
+        require_packing(base, config)
     torch.manual_seed(config.seed)
     if config.task_type == "SEQ_CLS":
         base = attach_heads(base, tasks, config.pooling)
