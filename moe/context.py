@@ -182,19 +182,23 @@ class GateBridge:
         """values: [S, Tb, H, k], the real gates of S routing groups, with their graph."""
         self.leaves = [v.detach().requires_grad_() for v in values.unbind(0)]
         self._carrier = values
-        self._routers, self._leaf = values.grad_fn, get_gradient_edge(self.leaves[0]).node
+        # In the graph, and asked for by every plain backward, by no other.
+        self._sentinel = torch.zeros((), requires_grad=True)
+        self._routers = values.grad_fn
         self.calls = 0
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """Identity on ``embeddings`` (any shape, floating point)."""
-        out, self._carrier = _Bridge.apply(self if self.calls == 0 else None, embeddings, self._carrier)
+        out, self._carrier = _Bridge.apply(
+            self if self.calls == 0 else None, embeddings, self._carrier, self._sentinel
+        )
         self.calls += 1
         return out
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients on the leaves (zeros where a group was not used), which are cleared."""
         will_run = torch._C._will_engine_execute_node
-        if will_run(self._routers) and not will_run(self._leaf):
+        if will_run(self._routers) and not will_run(get_gradient_edge(self._sentinel).node):
             raise RuntimeError(
                 "routers get their gradient from a plain backward() only: torch.autograd.grad(...) and "
                 "backward(inputs=...) would give them zeros"
@@ -207,13 +211,15 @@ class GateBridge:
 
 class _Bridge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, bridge: GateBridge | None, embeddings: Tensor, carrier: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, bridge: GateBridge | None, embeddings: Tensor, carrier: Tensor, sentinel: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.bridge = bridge  # a Python object: its leaves must not become inputs of this node
         ctx.carrier_like = carrier.new_empty(()).expand(carrier.shape)
         return embeddings.clone(), carrier.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[None, Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.bridge is None:
-            return None, grad_embeddings, torch.zeros_like(ctx.carrier_like)
-        return None, grad_embeddings, torch.stack(ctx.bridge.take_gradients())
+            return None, grad_embeddings, torch.zeros_like(ctx.carrier_like), None
+        return None, grad_embeddings, torch.stack(ctx.bridge.take_gradients()), None

@@ -227,15 +227,21 @@ class TaskMoEModel(nn.Module):
     def set_trainable(self, groups: Sequence[str]) -> list[str]:
         """Train just these kinds of parameters; returns their names.
 
+        The original of a saved module stands aside while its copy trains.
+
         Raises:
             ValueError: not one of ``GROUPS``.
         """
         unknown = set(groups) - set(GROUPS)
         if unknown:
             raise ValueError(f"train: unknown group {sorted(unknown)}; known are {', '.join(GROUPS)}")
+        aside: set[int] = set()
+        if "saved" in groups:
+            originals = [m.original for m in self.modules() if isinstance(m, SavedModule)]
+            aside = {id(p) for module in originals for p in module.parameters()}
         for kind, parameters in self.parameter_groups().items():
             for _, p in parameters:
-                p.requires_grad_(kind in groups and p.is_floating_point())
+                p.requires_grad_(kind in groups and p.is_floating_point() and id(p) not in aside)
         return self.trainable_names()
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:

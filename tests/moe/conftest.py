@@ -1,7 +1,13 @@
-"""Tiny config-built models of four architectures, with their inputs."""
+"""Tiny config-built models of four architectures, their inputs, and a dense model that a task's experts amount to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -13,38 +19,43 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from taskmoe.moe.layer import MoELinear
+
 VOCAB = 61
 
 
-def build(kind):
+def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "llama":
-        config = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                             num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-        return LlamaForCausalLM(config)
+        llama = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1,
+                            eos_token_id=2)  # fmt: skip
+        return LlamaForCausalLM(llama)
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
-                            bos_token_id=1, eos_token_id=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)  # fmt: skip
-        return GPT2LMHeadModel(config)
+        gpt2 = GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=64, pad_token_id=0,
+                          bos_token_id=1, eos_token_id=2, resid_pdrop=0, embd_pdrop=0,
+                          attn_pdrop=0)  # fmt: skip
+        return GPT2LMHeadModel(gpt2)
     if kind == "t5":
-        config = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4,
-                          dropout_rate=0.0, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
-                          feed_forward_proj="gated-gelu")  # fmt: skip
-        return T5ForConditionalGeneration(config)
+        t5 = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3,
+                      num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
+                      feed_forward_proj="gated-gelu")  # fmt: skip
+        return T5ForConditionalGeneration(t5)
     if kind == "bert":
-        config = BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
-                            intermediate_size=24, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
-        return BertModel(config)
+        bert = BertConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+                          intermediate_size=24, hidden_dropout_prob=0.0,
+                          attention_probs_dropout_prob=0.0)  # fmt: skip
+        return BertModel(bert)
     raise ValueError(kind)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
     """kind -> a fresh tiny model with seed 0."""
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def batch():
     """kind, task list, seed -> inputs for one sequence per task, decoder length unlike encoder length."""
 
@@ -59,7 +70,7 @@ def batch():
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shaken():
     """Give every adapter tensor of a model seeded values of ordinary size (B is zero at the start)."""
 
@@ -73,3 +84,147 @@ def shaken():
         return model
 
     return shake
+
+
+@pytest.fixture(scope="session")
+def head():
+    """What a loss reads: the logits, or the hidden states and the pooler's output."""
+
+    def read(output) -> Tensor:
+        if hasattr(output, "logits"):
+            return output.logits
+        return torch.cat([output.last_hidden_state, output.pooler_output.unsqueeze(1)], dim=1)
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def adapters():
+    """A model's trainable tensors by name."""
+    return lambda model: {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="session")
+def gradients():
+    """Back-propagate ``loss``; {name: gradient} of all that trains, cleared from the model."""
+
+    def collect(model, loss=None):
+        if loss is not None:
+            loss.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        missing = [n for n, g in found.items() if g is None]
+        assert not missing, f"no gradient: {missing}"
+        for p in model.parameters():
+            p.grad = None
+        return found
+
+    return collect
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Assert that two tensors, or dicts of them, agree to ``bound`` x the largest entry of the second."""
+
+    def check(found, expected, bound=1e-6):
+        if not isinstance(expected, dict):
+            found, expected = {"": found.detach()}, {"": expected.detach()}
+        assert found.keys() == expected.keys()
+        largest = max(float(e.abs().max()) for e in expected.values())
+        for name, e in expected.items():
+            assert found[name].shape == e.shape, name
+            error = float((found[name] - e).abs().max())
+            assert error <= bound * largest, f"{name}: {error} > {bound} * {largest}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    """Switch a model's activation checkpointing on, and leave it in training mode."""
+
+    def switch(model, mode):
+        model.train()
+        base, kwargs = model.base_model, {"use_reentrant": mode == "reentrant"}
+        if mode != "none":  # the second name goes away with transformers 6, the first came with 5.2x
+            getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)(kwargs)
+        return model
+
+    return switch
+
+
+def merged_weights(model, task: int) -> dict[str, Tensor]:
+    """{name: weight} of the linears that the experts of one task amount to: an implementation of its own.
+
+    Written from the formulas, one expert at a time, with nothing of the package but the tensors; differentiable.
+    """
+    config = model.moe_config
+    E, H = config.num_experts, config.num_heads
+    router = model.routing.router
+    weights: dict[str, Tensor] = {}
+    for name, layer in model.base_model.named_modules():
+        if not isinstance(layer, MoELinear):
+            continue
+        A, B = layer.bank.A_ErK, layer.bank.B_ErN
+        if config.router == "task_table":
+            logits_HE = router.logits_STHE[layer.group, task]
+        elif config.router == "task_mlp":
+            hidden = router.embedding_TD[task] @ router.w1_SDF[layer.group] + router.b1_SF[layer.group]
+            logits = nn.functional.gelu(hidden) @ router.w2_SFE[layer.group] + router.b2_SE[layer.group]
+            logits_HE = logits.view(H, E)
+        else:
+            logits_HE = A.new_zeros(H, E)
+        gates_HE = torch.stack([_gate(logits_HE[h] / config.router_temperature, config) for h in range(H)])
+        rank = (config.rank_pattern or {}).get(name.rpartition(".")[2], config.r)
+        scale = 1.0 if config.lora_alpha is None else config.lora_alpha / rank
+        if config.compose == "after":
+            delta_NK = sum(gates_HE[0, e] * B[e].T @ A[e] for e in range(E))
+        else:
+            K, N = A.shape[-1] // H, B.shape[-1] // H
+            mixed_A = torch.cat(
+                [sum(gates_HE[h, e] * A[e, :, h * K : (h + 1) * K] for e in range(E)) for h in range(H)], dim=1
+            )
+            mixed_B = torch.cat(
+                [sum(gates_HE[h, e] * B[e, :, h * N : (h + 1) * N] for e in range(E)) for h in range(H)], dim=1
+            )
+            delta_NK = mixed_B.T @ mixed_A
+        delta = scale * delta_NK
+        weight = layer.base.weight
+        transposed = type(layer.base).__name__ == "Conv1D"
+        weights[f"{name}.weight"] = weight + (delta.T if transposed else delta)
+    return weights
+
+
+def _gate(logits_E: Tensor, config) -> Tensor:
+    if config.gate == "softmax":
+        return logits_E.exp() / logits_E.exp().sum()
+    if config.gate == "sigmoid":
+        odds = 1 / (1 + (-logits_E).exp())
+        return odds / odds.sum()
+    if config.gate == "top_k":
+        kept = logits_E >= logits_E.sort(descending=True).values[config.top_k - 1]
+        return torch.where(kept, logits_E.exp(), 0.0) / logits_E[kept].exp().sum()
+    if config.gate == "one_hot":
+        soft = logits_E.exp() / logits_E.exp().sum()
+        return soft + ((logits_E == logits_E.max()).to(soft.dtype) - soft).detach()
+    assert config.gate == "uniform"
+    return torch.full_like(logits_E, 1 / len(logits_E))
+
+
+@pytest.fixture(scope="session")
+def merged() -> Callable:
+    """model, task -> {name: merged weight}, see :func:`merged_weights`."""
+    return merged_weights
+
+
+@pytest.fixture(scope="session")
+def dense() -> Callable:
+    """kind, attached model, task -> a plain tiny model in which the experts of the task are merged."""
+
+    def make(kind, model, task):
+        plain = copy.deepcopy(build(kind)).to(next(model.parameters()).dtype).eval()
+        with torch.no_grad():
+            for name, weight in merged_weights(model, task).items():
+                plain.get_parameter(name).copy_(weight)
+        return plain
+
+    return make
