@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a fixed seed, no network, nothing left behind, and one pair of ranks for all."""
+"""Fixtures of the whole suite: a fixed seed, no network, nothing left behind, one pair of ranks for all."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def shared_memory_unchanged() -> Iterator[None]:
 class RankPair:
     """Worker processes that live as long as the session and run functions as the ranks of one group.
 
-    Starting two processes with torch and DeepSpeed takes seconds, so all two-rank tests share them. A call that
-    fails or hangs ends the pair (its ranks may be at different collectives); the next call starts a new one.
+    Starting two processes with torch and DeepSpeed takes seconds, so all two-rank tests share them. A call
+    that fails or hangs ends the pair (its ranks may be at different collectives); the next one starts anew.
     """
 
     def __init__(self, folder: Path, size: int = 2) -> None:
@@ -149,7 +149,9 @@ class RankPair:
 
 
 @pytest.fixture(scope="session")
-def spawn_ranks(tmp_path_factory: pytest.TempPathFactory, shared_memory_unchanged: None) -> Iterator[RankPair]:
+def spawn_ranks(
+    tmp_path_factory: pytest.TempPathFactory, shared_memory_unchanged: None
+) -> Iterator[RankPair]:
     """`spawn_ranks(function, **kwargs) -> [result of rank 0, result of rank 1]`."""
     pair = RankPair(tmp_path_factory.mktemp("ranks"))
     yield pair

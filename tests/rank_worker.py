@@ -1,4 +1,4 @@
-"""One rank of the pair that conftest.py's `spawn_ranks` keeps: runs the functions it is sent, one after another."""
+"""One rank of the pair that conftest.py's `spawn_ranks` keeps: runs the functions it is sent, in order."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Checkpoints that appear whole or not at all, and are believed only when every byte is as it was written.
 
-All ranks write into `checkpoint-N.tmp`; rank 0 adds the state and a manifest of sizes and hashes, brings everything
-to the disk, renames the folder to `checkpoint-N`, and then points the file `latest` at it. Whatever a kill, a full
-disk or a bad copy leaves behind is therefore either an older whole checkpoint or one that `verify` refuses.
+All ranks write into `checkpoint-N.tmp`; rank 0 adds the state and a manifest of sizes and hashes, brings
+everything to the disk, renames the folder to `checkpoint-N`, and then points the file `latest` at it.
+Whatever a kill, a full disk or a bad copy leaves behind is therefore either an older whole checkpoint or
+one that `verify` refuses.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from taskmoe.train import distributed
 from taskmoe.train.distributed import Ranks
+from taskmoe.train.rng import rng_state, set_rng_state
+
+__all__ = ["CheckpointError", "find", "find_together", "load_rng", "read_state", "rng_state", "save",
+           "set_rng_state", "verify"]  # fmt: skip
 
 MANIFEST, STATE, LATEST = "manifest.json", "trainer_state.json", "latest"
 FORMAT = 1
@@ -49,8 +53,9 @@ def save(
 
     Args:
         write: called on every rank with the temporary folder, writes this rank's files there (sub-folders are
-            fine). Engines save with `engine.save_checkpoint(folder, tag=..., exclude_frozen_parameters=True)`;
-            those files are pickles, so they are loaded only from a run's own checkpoint, after `find`.
+            fine). Engines save with `engine.save_checkpoint(folder, tag=...,
+            exclude_frozen_parameters=True)`; those files are pickles, so they are loaded only from a run's
+            own checkpoint, after `find`.
         state: JSON; written to trainer_state.json with "step" and "world_size" added.
         limit: so many of the newest checkpoints stay (0: all), and those of the steps in `keep` besides.
 
@@ -65,6 +70,7 @@ def save(
 
     def begin() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _recover(run_dir)
         for stale in run_dir.glob("checkpoint-*.tmp"):  # of runs that were killed while writing
             shutil.rmtree(stale)
         folder.mkdir()
@@ -77,8 +83,8 @@ def save(
         for rank in range(ranks.world_size):
             if not (folder / f"rng-{rank}.pt").is_file():
                 raise CheckpointError(
-                    f"the files of rank {rank} are not in {folder}: output_dir must lie on a file system that "
-                    f"all machines share"
+                    f"the files of rank {rank} are not in {folder}: output_dir must lie on a file system "
+                    f"that all machines share"
                 )
         (folder / STATE).write_text(_json({**state, "step": step, "world_size": ranks.world_size}))
         (folder / MANIFEST).write_text(_json(_manifest(folder)))
@@ -138,14 +144,17 @@ def verify(folder: str | Path, *, hashes: bool = True) -> str | None:
 def find(run_dir: str | Path, resume: str = "true") -> Path:
     """The checkpoint to resume from.
 
-    `resume` as in `resume_from_checkpoint`: "true" takes the newest whole checkpoint of `run_dir`, and says on
-    stderr which damaged ones it passed over; a path names a checkpoint, or a run folder to search. "Newest" is what
-    `latest` names, then the time of writing.
+    `resume` as in `resume_from_checkpoint`: "true" takes the newest whole checkpoint of `run_dir`, and says
+    on stderr which damaged ones it passed over; a path names a checkpoint, or a run folder to search.
+    "Newest" is what `latest` names, then the time of writing.
 
     Raises:
         CheckpointError: there is no whole checkpoint; names the folder and what is wrong with each one found.
     """
     folder = Path(run_dir if resume.lower() == "true" else resume)
+    inside = Path(run_dir) / folder  # "checkpoint-10", said from outside the run
+    if not folder.is_dir() and inside.is_dir():
+        folder = inside
     if not folder.is_dir():
         raise CheckpointError(f"resume_from_checkpoint: there is no folder {folder}")
     if FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
@@ -154,7 +163,8 @@ def find(run_dir: str | Path, resume: str = "true") -> Path:
         others = [path.name for path in _newest_first(folder.parent) if path != folder]
         hint = f"; other checkpoints there: {', '.join(others)}" if others else ""
         raise CheckpointError(f"resume_from_checkpoint: {folder} is damaged: {reason}{hint}")
-    damaged = []
+    _recover(folder)
+    damaged: list[str] = []
     for path in _newest_first(folder):
         if (reason := verify(path)) is None:
             for line in damaged:
@@ -162,7 +172,8 @@ def find(run_dir: str | Path, resume: str = "true") -> Path:
             return path
         damaged.append(f"{path}: {reason}")
     if damaged:
-        raise CheckpointError(f"resume_from_checkpoint: no whole checkpoint in {folder}: {'; '.join(damaged)}")
+        reasons = "; ".join(damaged)
+        raise CheckpointError(f"resume_from_checkpoint: no whole checkpoint in {folder}: {reasons}")
     raise CheckpointError(f"resume_from_checkpoint: no checkpoint-N in {folder}")
 
 
@@ -183,33 +194,6 @@ def read_state(folder: str | Path) -> dict[str, Any]:
     """trainer_state.json of a checkpoint that `find` returned."""
     state: dict[str, Any] = json.loads((Path(folder) / STATE).read_text())
     return state
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global random generator, in types that `torch.load(weights_only=True)` accepts."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(kind), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts every global random generator where `rng_state` found it.
-
-    Raises:
-        ValueError, KeyError, RuntimeError: the state is not one that `rng_state` made.
-    """
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def load_rng(folder: str | Path, ranks: Ranks) -> None:
@@ -234,17 +218,14 @@ def _together(ranks: Ranks, folder: Path, action: Callable[[], None] | None) -> 
     except Exception as error:  # whatever a writer raises: the half-written folder must go
         failure = error
     try:
-        reports = distributed.gather_texts(
-            _cause(failure) if failure else "", timeout_s=FAILURE_PATIENCE_S if failure else None
-        )
+        failures = distributed.exchange_failures(_cause(failure) if failure else "", FAILURE_PATIENCE_S)
     except RuntimeError as error:
-        reports = [f"another rank has failed ({error})" if failure is None else _cause(failure)]
-    causes = {report: rank for rank, report in reversed(list(enumerate(reports))) if report}
-    if not causes:
+        failures = {ranks.rank: _cause(failure) if failure else f"another rank has failed ({error})"}
+    if not failures:
         return
     if ranks.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    text = "; ".join(f"rank {rank}: {c}" if ranks.world_size > 1 else c for c, rank in causes.items())
+    text = "; ".join(f"rank {rank}: {c}" if ranks.world_size > 1 else c for rank, c in failures.items())
     raise CheckpointError(f"cannot write {folder.with_suffix('')}: {text}") from failure
 
 
@@ -256,13 +237,22 @@ def _cause(error: Exception) -> str:
 
 def _publish(folder: Path, final: Path) -> None:
     if final.exists():  # the same step saved again: by a resumed run, or another one in the same folder
-        old = final.with_name(f"{final.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
+        old = final.with_name(f"{final.name}.old")
         final.rename(old)
         folder.rename(final)
         shutil.rmtree(old, ignore_errors=True)
     else:
         folder.rename(final)
+
+
+def _recover(run_dir: Path) -> None:
+    """Finishes or undoes a `_publish` that was killed between its steps."""
+    for old in run_dir.glob("checkpoint-*.old"):
+        with suppress(OSError):  # a folder that may only be read
+            if old.with_suffix("").exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(old.with_suffix(""))
 
 
 def _retire(run_dir: Path, newest: Path, limit: int, keep: Collection[int]) -> None:

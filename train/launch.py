@@ -1,4 +1,4 @@
-"""`--num_ranks N`: starts the DeepSpeed launcher for the user, passes signals on, leaves no process behind."""
+"""`--num_ranks N`: starts the DeepSpeed launcher, passes signals on, leaves no process behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -27,13 +28,14 @@ def launch_ranks(
 ) -> int:
     """Runs `python -m module *argv` as `num_ranks` ranks under the DeepSpeed launcher; returns the exit code.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGHUP go on to the ranks themselves, each as often as it came: DeepSpeed's runner
-    would die of them and orphan its ranks, its launch process would end the ranks one after the other. From the
-    first one on, the ranks have `grace_s` seconds to save and end; then everything left is killed.
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP go on to the ranks themselves, each as often as it came: DeepSpeed's
+    runner would die of them and orphan its ranks, its launch process would end the ranks one after the
+    other. From the first one on, the ranks have `grace_s` seconds to save and end; then everything left is
+    killed.
 
     Returns:
-        0 when all went well; 128 + n when stopped by signal n after the ranks had ended by themselves; 137 when
-        they had to be killed; else the code of the rank that failed.
+        0 when all went well; 128 + n when stopped by signal n after the ranks had ended by themselves; 137
+        when they had to be killed; else the code of the rank that failed.
 
     Raises:
         ConfigError: `num_ranks` is not positive, or more than there are GPUs (on a machine with GPUs).
@@ -53,7 +55,7 @@ def launch_ranks(
 
 
 def visible_devices(num_ranks: int) -> list[str] | None:
-    """The GPUs named in CUDA_VISIBLE_DEVICES, the first `num_ranks` of them; None when it names none by number.
+    """The first `num_ranks` GPUs named in CUDA_VISIBLE_DEVICES; None when it names none by number.
 
     Raises:
         ConfigError: `num_ranks` is not positive, or more than there are GPUs.
@@ -74,7 +76,9 @@ def launcher_command(
 ) -> list[str]:
     """The command line of DeepSpeed's runner."""
     # With --num_gpus the runner forgets CUDA_VISIBLE_DEVICES and takes the first GPUs of the machine.
-    where = ["--num_gpus", str(num_ranks)] if devices is None else ["--include", "localhost:" + ",".join(devices)]
+    where = ["--num_gpus", str(num_ranks)]
+    if devices is not None:
+        where = ["--include", "localhost:" + ",".join(devices)]
     # Quiet: what went wrong is said by the rank it went wrong on, not by a dump of its command line.
     return [sys.executable, "-m", RUNNER, *where, "--master_port", str(port), "--no_local_rank",
             "--log_level", "critical", "--module", module, *argv]  # fmt: skip
@@ -155,8 +159,7 @@ class _Relay:
 def _wait(child: subprocess.Popen[bytes], relay: _Relay, grace_s: float) -> int:
     while child.poll() is None:
         if relay.first is not None and time.monotonic() - relay.first_at > grace_s:
-            print(f"taskmoe: the ranks did not end within {grace_s:.0f} s and are killed", file=sys.stderr)
-            return 128 + signal.SIGKILL
+            return _overdue(grace_s)
         time.sleep(POLL_S)
     code = child.returncode if child.returncode >= 0 else 128 - child.returncode
     if orphans := session_members(child.pid):
@@ -166,8 +169,7 @@ def _wait(child: subprocess.Popen[bytes], relay: _Relay, grace_s: float) -> int:
         deadline = time.monotonic() + grace_s
         while session_members(child.pid):
             if time.monotonic() > deadline:
-                print(f"taskmoe: the ranks did not end within {grace_s:.0f} s and are killed", file=sys.stderr)
-                return 128 + signal.SIGKILL
+                return _overdue(grace_s)
             time.sleep(POLL_S)
         code = code or 1
     if relay.first is not None and code in _clean_stops(relay.first):
@@ -175,11 +177,16 @@ def _wait(child: subprocess.Popen[bytes], relay: _Relay, grace_s: float) -> int:
     return code
 
 
+def _overdue(grace_s: float) -> int:
+    print(f"taskmoe: the ranks did not end within {grace_s:.0f} s and are killed", file=sys.stderr)
+    return 128 + signal.SIGKILL
+
+
 def _clean_stops(number: int) -> set[int]:
     """Exit codes that mean "ended because of this signal".
 
-    0 and 128 + n come from ranks that saved; 256 - n is how DeepSpeed reports a rank that the signal ended before it
-    could take it; SIGTERM is what its launch process sends to the other ranks then.
+    0 and 128 + n come from ranks that saved; 256 - n is how DeepSpeed reports a rank that the signal ended
+    before it could take it; SIGTERM is what its launch process sends to the other ranks then.
     """
     return {0, *(code for n in (number, int(signal.SIGTERM)) for code in (128 + n, 256 - n))}
 
@@ -192,10 +199,8 @@ def _runs(process: psutil.Process, module: str) -> bool:
 
 
 def _send(process: psutil.Process, number: int) -> None:
-    try:
+    with suppress(psutil.Error):
         process.send_signal(number)
-    except psutil.Error:
-        pass
 
 
 def _kill(processes: Sequence[psutil.Process]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,7 +20,7 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 LAUNCHER_GONE = "launcher gone"
 REASONS = (*STOP_SIGNALS, LAUNCHER_GONE)
 LAUNCHER_VARIABLE = "TASKMOE_LAUNCHER"  # "pid:creation time" of the process that called launch_ranks
-LAUNCHER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate", "mpirun", "mpiexec", "orted"}
+LAUNCHER_PROGRAMS = {"deepspeed", "ds", "torchrun", "accelerate", "mpirun", "mpiexec", "orted"}
 LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.")
 
 
@@ -27,8 +28,8 @@ class LauncherWatch:
     """Notices that the processes which started this rank have died.
 
     Watched are the parent and its parents as long as they look like a launcher: killing DeepSpeed's runner
-    leaves the process between it and the ranks alive, so that the ranks' own parent id never changes. A shell is
-    no launcher: a run left behind with nohup goes on when its shell ends.
+    leaves the process between it and the ranks alive, so that the ranks' own parent id never changes. A
+    shell is no launcher: a run left behind with nohup goes on when its shell ends.
     """
 
     def __init__(self, interval_s: float = 1.0) -> None:
@@ -78,9 +79,10 @@ class StopRequest:
                 if reason := stop.agreed():
                     save(); break
 
-    The first signal sets a flag and is announced on stderr by rank 0. A second Ctrl-C ends the process at once. A
-    signal that was ignored when the run started (nohup, background jobs) stays ignored. Outside the main thread
-    no handler can be installed; the launcher is still watched. On leaving, the handlers from before are back.
+    The first signal sets a flag and is announced on stderr by rank 0. A second Ctrl-C ends the process at
+    once. A signal that was ignored when the run started (nohup, background jobs) stays ignored. Outside the
+    main thread no handler can be installed; the launcher is still watched. On leaving, the handlers from
+    before are back.
     """
 
     def __init__(self, watch: LauncherWatch | None = None) -> None:
@@ -172,7 +174,5 @@ def _parent(process: psutil.Process) -> psutil.Process | None:
 
 def _say(text: str) -> None:
     # Signal handlers run between any two instructions, also inside a write to sys.stderr.
-    try:
+    with suppress(OSError, ValueError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, f"taskmoe: {text}\n".encode())
-    except (OSError, ValueError):
-        pass
