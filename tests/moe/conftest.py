@@ -1,4 +1,4 @@
-"""Tiny config-built models of four architectures, their inputs, and a dense model that a task's experts amount to."""
+"""Tiny models of four architectures, their inputs, and the dense models to compare with."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from taskmoe.moe import TaskMoEConfig, attach
 from taskmoe.moe.layer import MoELinear
 
 VOCAB = 61
@@ -37,7 +38,7 @@ def build(kind: str) -> nn.Module:
                           attn_pdrop=0)  # fmt: skip
         return GPT2LMHeadModel(gpt2)
     if kind == "t5":
-        t5 = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_decoder_layers=3,
+        t5 = T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=24, num_layers=2,
                       num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
                       feed_forward_proj="gated-gelu")  # fmt: skip
         return T5ForConditionalGeneration(t5)
@@ -84,6 +85,36 @@ def shaken():
         return model
 
     return shake
+
+
+@pytest.fixture(params=("llama", "gpt2", "t5", "bert"))
+def kind(request):
+    """Runs a test once an architecture."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def routed(shaken):
+    """kind, settings -> a tiny model with experts of ordinary size for three tasks, in evaluation mode."""
+
+    def make(kind, **settings):
+        config = TaskMoEConfig.from_dict({"r": 2, "num_experts": 3, "router_init_std": 0.5, **settings})
+        return shaken(attach(build(kind), config, ["sort", "sum", "translate"], dry_run=False)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reading(head):
+    """model, inputs -> (what it reads, a loss that weighs every number of it differently)."""
+
+    def read(model, inputs):
+        out = head(model(**inputs))
+        generator = torch.Generator().manual_seed(3)
+        weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+        return out, (out * weights).sum()
+
+    return read
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +186,7 @@ def checkpoint():
 def merged_weights(model, task: int) -> dict[str, Tensor]:
     """{name: weight} of the linears that the experts of one task amount to: an implementation of its own.
 
-    Written from the formulas, one expert at a time, with nothing of the package but the tensors; differentiable.
+    Written from the formulas, one expert at a time, with the package's tensors but none of its code.
     """
     config = model.moe_config
     E, H = config.num_experts, config.num_heads
@@ -180,12 +211,9 @@ def merged_weights(model, task: int) -> dict[str, Tensor]:
             delta_NK = sum(gates_HE[0, e] * B[e].T @ A[e] for e in range(E))
         else:
             K, N = A.shape[-1] // H, B.shape[-1] // H
-            mixed_A = torch.cat(
-                [sum(gates_HE[h, e] * A[e, :, h * K : (h + 1) * K] for e in range(E)) for h in range(H)], dim=1
-            )
-            mixed_B = torch.cat(
-                [sum(gates_HE[h, e] * B[e, :, h * N : (h + 1) * N] for e in range(E)) for h in range(H)], dim=1
-            )
+            blocks = [(h, slice(h * K, (h + 1) * K), slice(h * N, (h + 1) * N)) for h in range(H)]
+            mixed_A = torch.cat([sum(gates_HE[h, e] * A[e, :, k] for e in range(E)) for h, k, _ in blocks], 1)
+            mixed_B = torch.cat([sum(gates_HE[h, e] * B[e, :, n] for e in range(E)) for h, _, n in blocks], 1)
             delta_NK = mixed_B.T @ mixed_A
         delta = scale * delta_NK
         weight = layer.base.weight
@@ -199,7 +227,7 @@ def _gate(logits_E: Tensor, config) -> Tensor:
         return logits_E.exp() / logits_E.exp().sum()
     if config.gate == "sigmoid":
         odds = 1 / (1 + (-logits_E).exp())
-        return odds / odds.sum()
+        return odds / (odds.sum() + 1e-12)  # peft's constant, kept for parity
     if config.gate == "top_k":
         kept = logits_E >= logits_E.sort(descending=True).values[config.top_k - 1]
         return torch.where(kept, logits_E.exp(), 0.0) / logits_E[kept].exp().sum()

@@ -1,4 +1,4 @@
-"""What every method must hold, one row of the table a method: identity, mixed = single, checkpointing, saving, training.
+"""What every method must hold: identity, mixed = single, checkpointing, saving, training. A row a method.
 
 A new router, gate or bank adds its rows here.
 """
@@ -14,8 +14,8 @@ TASKS = ["a", "b", "c"]
 GATES = {"softmax": {}, "sigmoid": {}, "top_k": {"top_k": 2}, "one_hot": {}}
 METHODS = {
     f"{router}-{gate}-{compose}": TaskMoEConfig(
-        r=2, num_experts=3, router=router, gate=gate, compose=compose, task_embedding_dim=6, router_hidden_dim=5,
-        router_init_std=0.5, **settings,
+        r=2, num_experts=3, router=router, gate=gate, compose=compose, router_init_std=0.5,
+        task_embedding_dim=6, router_hidden_dim=5, **settings,
     )
     for router in ("task_table", "task_mlp")
     for gate, settings in GATES.items()
@@ -31,7 +31,9 @@ METHODS["shared-model"] = TaskMoEConfig(r=2, num_experts=3, router_scope="model"
 METHODS["shared-layer"] = TaskMoEConfig(
     r=2, num_experts=3, router="task_mlp", router_scope="layer", task_embedding_dim=6, router_hidden_dim=5
 )
-SHARED_GATES = ("uniform-before",)  # every expert is averaged with one weight: B_e get one gradient, by definition
+SHARED_GATES = (
+    "uniform-before",
+)  # every expert is averaged with one weight: B_e get one gradient, by definition
 
 
 @pytest.fixture(params=METHODS)
@@ -102,7 +104,10 @@ def test_everything_trains_and_equal_experts_diverge(method, tiny, batch, head, 
     for name, p in adapters(model).items():
         if name.endswith("B_ErN") and method not in SHARED_GATES:
             moved = p.detach()[p.detach().flatten(1).any(1)]
-            never_chosen = METHODS[method].gate in ("one_hot", "top_k")  # such an expert has no reason to move
+            never_chosen = METHODS[method].gate in (
+                "one_hot",
+                "top_k",
+            )  # such an expert has no reason to move
             assert len(moved) == len(p) or (never_chosen and len(moved)), f"{name}: an expert has not moved"
             apart = (moved.unsqueeze(0) - moved.unsqueeze(1)).abs().amax((-1, -2))
             equal = apart + torch.eye(len(moved)) == 0
