@@ -110,14 +110,16 @@ def disable_shared_memory_op() -> None:
     """Keeps DeepSpeed from compiling its shared-memory all-reduce at start on a CPU.
 
     It would need a compiler and half a minute, leave its buffers in /dev/shm, and serve inference only. The
-    dictionary is private to DeepSpeed: where a version has none, this does nothing and `shutdown` removes the
-    buffers.
+    dictionary is private to DeepSpeed: where a version does not ask it, `shutdown` removes the buffers.
     """
     import deepspeed
 
-    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    compatible = vars(deepspeed.ops).get("__compatible_ops__")
     if isinstance(compatible, dict):
         compatible["deepspeed_shm_comm"] = False
+    else:
+        # Asking for it would compile a test program for every op, with the linker's complaints on stderr.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
 def remove_shared_memory(port: int | str, folder: str = "/dev/shm") -> list[str]:
@@ -200,11 +202,11 @@ def gather_objects(value: Value) -> list[Value]:
 
 
 def exchange_failures(failure: str, patience_s: float) -> dict[int, str]:
-    """Tells the other ranks how this one fared ("": well) and returns {rank: failure}, empty when all are well.
+    """Tells the other ranks how this one fared ("": well); returns {rank: failure}, empty when all are well.
 
-    Goes through the group's key-value store: a collective would have to be given up when another rank stands
-    in one of its own, and leaving the group waits for collectives that were given up. Once a failure is
-    known, the ranks that have not answered get `patience_s` seconds; they are then left out.
+    Goes through the group's key-value store: a collective would have to be given up when another rank
+    stands in one of its own, and leaving the group waits for collectives that were given up. Once a failure
+    is known, the ranks that have not answered get `patience_s` seconds; they are then left out.
 
     Raises:
         RuntimeError: another rank is gone.

@@ -54,10 +54,10 @@ class LauncherWatch:
         if self._origin is not None and process.pid == self._origin[0]:
             return True
         try:
-            words = process.cmdline()[:4]  # python -u -m MODULE; what follows belongs to the training script
+            program = _program(process.cmdline())
         except psutil.Error:
             return False
-        return any(os.path.basename(w) in LAUNCHER_PROGRAMS or w.startswith(LAUNCHER_MODULES) for w in words)
+        return os.path.basename(program) in LAUNCHER_PROGRAMS or program.startswith(LAUNCHER_MODULES)
 
     def _look(self) -> bool:
         try:
@@ -155,6 +155,14 @@ def own_identity() -> str:
 def _parse_origin(text: str | None) -> tuple[int, float] | None:
     pid, _, created = (text or "").partition(":")
     return (int(pid), float(created)) if pid.isdigit() and created else None
+
+
+def _program(words: list[str]) -> str:
+    """What a command line runs: below Python the module or the script, else the first word."""
+    if words and os.path.basename(words[0]).startswith("python"):
+        words = [word for word in words[1:] if word == "-m" or not word.startswith("-")]
+        words = words[1:] if words[:1] == ["-m"] else words
+    return words[0] if words else ""
 
 
 def _alive(pid: int, created: float) -> bool:

@@ -171,7 +171,7 @@ def test_the_pair_starts_anew_after_a_failure(spawn_ranks, tmp_path):
 
 
 def test_start_compiles_nothing_and_leaves_nothing(no_launcher, tmp_path):
-    """In a fresh process, where DeepSpeed has not been imported. A buffer that appears all the same is swept."""
+    """In a fresh process, where nothing is imported yet. A buffer that appears all the same is swept."""
     program = """
         import os, pathlib, deepspeed
         from taskmoe.train import distributed
