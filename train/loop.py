@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
@@ -18,9 +19,9 @@ from taskmoe.train import checkpoint
 from taskmoe.train.batches import StepBatches
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import dump
-from taskmoe.train.distributed import Ranks, all_sum, barrier, init, shutdown
+from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
-from taskmoe.train.evaluate import evaluate
+from taskmoe.train.evaluate import evaluate, primary_metrics
 from taskmoe.train.meter import Meter
 from taskmoe.train.mixing import MixtureSampler, excess, expected_epochs, rates
 from taskmoe.train.objectives import Counts, count, model_inputs, step_loss
@@ -28,7 +29,11 @@ from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phas
 from taskmoe.train.setup import base_state, build_data, build_moe, load_base, load_base_state, save_base
 from taskmoe.train.signals import StopRequest
 from taskmoe.train.summary import controls_table, epochs_table
+from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
+
+RUN_FILES = ("config.yaml", "task_map.json", "tokenizer", "trainable.txt", "trainer_log.jsonl", "eval_results.json",
+             "latest", "wandb")  # fmt: skip
 
 
 def train(config: Config) -> int:
@@ -59,21 +64,21 @@ class Run:
         self.best: dict[str, Any] | None = self.state.get("best")
         self.saved_step = self.step if self.resumed else -1
         self.evaluated: dict[str, Any] | None = None  # results of the evaluation at the present step
-        known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
+        with as_one():
+            self._check_folder()
+            known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
         self.data = build_data(
-            config, ranks, ("train", config.eval_split), known, self.folder / "tokenizer" if self.resumed else None,
+            config, ranks, ("train", config.eval_split), known, self.resumed.parent / "tokenizer" if self.resumed else None,
             print if ranks.is_main else (lambda line: None),
         )  # fmt: skip
         bundle = self.data.bundle
         self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
-        self._open_folder()
-        self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
         self.sizes = [len(s.tokens) for s in self.splits]
         self.meter = Meter(self.tasks, self.sizes)
-        weights = config.task_weights or {}
         self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
-        for name, weight in weights.items():
+        for name, weight in (config.task_weights or {}).items():
             self.weights_T[self.tasks.id(name)] = weight
+        primary_metrics(config, self.tasks)  # a metric nobody knows stops the run here, not after hours of training
         self.batches = self._build_batches()
         if self.state:
             self._restore_counts()
@@ -81,20 +86,25 @@ class Run:
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
         self.engine: Engine
         self.model: TaskMoEModel
+        self.first = phase_at(self.phases, self.step)
+        self._enter(self.first)
+        # Only now, when all that was given has proved usable, does anything change on the disk.
+        self._open_folder()
+        self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
 
     # -- the run --------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Phase after phase, to the end, an early stop, or a signal."""
-        status, self.trained_to_end = "failed", False
+        status = "failed"
         try:
-            for phase in self.phases[phase_at(self.phases, self.step).index :]:
-                if self.step < phase.end or phase is self.phases[-1]:
+            for phase in self.phases[self.first.index :]:
+                if phase is not self.first:
+                    self._leave()
                     self._enter(phase)
-                    if self._train(phase):
-                        break
-                    if phase is not self.phases[-1]:
-                        self._leave()
+                self._announce(phase)
+                if self._train(phase):
+                    break
             if self.stop.exit_code:
                 status = "interrupted"
                 return self.stop.exit_code
@@ -168,17 +178,21 @@ class Run:
     def _enter(self, phase: Phase) -> None:
         """Build the model and the engine of a phase; weights come from the phase before, or from the checkpoint."""
         rng = checkpoint.rng_state() if self.step > 0 and self.carried is not None else None
-        self.model = build_moe(self.config, self.data.tokenizer, self.tasks, self.ranks)
         inside = self.resumed is not None and self.step > phase.start
-        if self.carried is not None:
-            self._load_carried()
-        elif self.resumed is not None:
-            load_base(self.model, self.resumed)
-            load_adapter(self.model, self.resumed)
+        with as_one():
+            self.model = build_moe(self.config, self.data.tokenizer, self.tasks, self.ranks)
+            if self.carried is not None:
+                self._load_carried()
+            elif self.resumed is not None:
+                load_base(self.model, self.resumed)
+                load_adapter(self.model, self.resumed)
         self.engine = Engine(self.model, self.config, phase, self.ranks)
         if self.carried is None and inside:
             assert self.resumed is not None
-            self.engine.load(self.resumed / "deepspeed")
+            if self.added:
+                self.tracker.line(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
+            else:
+                self.engine.load(self.resumed / "deepspeed")
         if rng is not None:
             checkpoint.set_rng_state(rng)
         elif self.resumed is not None and self.carried is None:
@@ -187,8 +201,6 @@ class Run:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
         self.carried = None
         self._moved = self._checked = False
-        if self.step < phase.end:
-            self._announce(phase)
 
     def _leave(self) -> None:
         """Take all weights along and give the engine back."""
@@ -210,7 +222,7 @@ class Run:
         """Set the mixture of a phase and say what will happen."""
         budget = phase.steps * self._rows_per_step
         sampler = self.batches.sampler
-        if self.step == phase.start:
+        if self.step == phase.start or self.added:
             sampler.set_rates(rates(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn))
         too_many = excess(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn)
         say = self.tracker.line
@@ -336,21 +348,31 @@ class Run:
         wanted = self.config.resume_from_checkpoint
         return None if wanted is None else checkpoint.find_together(self.folder, wanted, self.ranks)
 
+    def _check_folder(self) -> None:
+        """Refuse a folder that cannot be written, or that holds another run."""
+        if not self.ranks.is_main:
+            return
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "is not a folder" if not there.is_dir() else "may not be written to"
+            raise ConfigError(f"output_dir: {self.folder} cannot be used: {there} {what}; choose another")
+        goes_on = self.resumed is not None and self.resumed.parent.resolve() == self.folder.resolve()
+        if _holds_run(self.folder) and not goes_on and not self.config.overwrite_output_dir:
+            raise ConfigError(
+                f"output_dir: {self.folder} already holds a run; go on with --resume_from_checkpoint true, choose "
+                "another output_dir, or set overwrite_output_dir: true"
+            )
+
     def _open_folder(self) -> None:
-        """Make the run folder and write what does not change; refuse to write over another run."""
-        if self.ranks.is_main and self.resumed is None and _holds_run(self.folder):
-            if not self.config.overwrite_output_dir:
-                raise ConfigError(
-                    f"output_dir: {self.folder} already holds a run; go on with --resume_from_checkpoint true, choose "
-                    "another output_dir, or set overwrite_output_dir: true"
-                )
-            shutil.rmtree(self.folder)
-        if self.ranks.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-            self.tasks.save(self.folder / "task_map.json")
-            self.data.tokenizer.save_pretrained(self.folder / "tokenizer")
-        barrier()
+        """Make the run folder and write what does not change."""
+        with as_one():
+            if self.ranks.is_main:
+                if self.resumed is None:
+                    _remove_run(self.folder)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
+                self.tasks.save(self.folder / "task_map.json")
+                self.data.tokenizer.save_pretrained(self.folder / "tokenizer")
 
     @property
     def _rows_per_step(self) -> int:
@@ -377,4 +399,15 @@ class Run:
 
 
 def _holds_run(folder: Path) -> bool:
-    return (folder / "config.yaml").exists() or any(folder.glob("checkpoint-*"))
+    return (folder / "task_map.json").exists() or any(folder.glob("checkpoint-*"))
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove what a run has written, and nothing else: ``output_dir`` may be a folder with other things in it."""
+    if not _holds_run(folder):
+        return
+    for path in [folder / name for name in RUN_FILES] + list(folder.glob("checkpoint-*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from taskmoe.moe import ConfigError, TaskMoEConfig
+from taskmoe.moe import ConfigError, TaskError, TaskMoEConfig
 from taskmoe.train.config import Config, DataConfig, MixingConfig, PhaseConfig, SkillGymConfig, TokenizerConfig
+from taskmoe.train.data.errors import DataError
 from taskmoe.train.loop import train
 from taskmoe.train.track.log import read_log
 
@@ -187,3 +188,30 @@ def test_a_loss_that_is_not_a_number_names_its_task(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "step_loss", poisoned)
     with pytest.raises(TrainingError, match="not a number"):
         train(replace(BASE, output_dir=str(tmp_path / "run"), logging_steps=1, max_steps=2))
+
+
+def test_a_run_goes_on_with_more_tasks(tmp_path):
+    """Rows of files, one folder a task: a task is added between checkpoint and resume."""
+    root = tmp_path / "data"
+
+    def write(task, answer):
+        (root / task).mkdir(parents=True)
+        lines = [json.dumps({"input": f"w{i % 7}", "output": answer}) for i in range(12)]
+        (root / task / "train.jsonl").write_text("\n".join(lines))
+        (root / task / "validation.jsonl").write_text("\n".join(lines[:2]))
+
+    write("apple", "yes")
+    write("berry", "no")
+    data = DataConfig(root=str(root), max_length=16, cache_dir=str(tmp_path / "cache"))
+    config = replace(BASE, data=data, output_dir=str(tmp_path / "run"), max_steps=4, moe=TaskMoEConfig(r=1, num_experts=2))
+    config = replace(config, phases=(PhaseConfig(train=("base", "experts", "router")),), save_steps=2)
+    assert train(config) == 0
+    write("citrus", "yes")  # behind the others in the order of folders
+    assert train(replace(config, max_steps=6, resume_from_checkpoint="true")) == 0
+    after = weights(tmp_path / "run", 6)
+    assert after["routing.router.logits_STHE"].shape[1] == 3
+    logged = read_log(tmp_path / "run" / "trainer_log.jsonl")
+    assert any("train/epochs/citrus" in line for line in logged)
+    (root / "aaa").mkdir()
+    with pytest.raises((TaskError, DataError)):  # a folder that would come first, and is empty
+        train(replace(config, max_steps=8, resume_from_checkpoint="true"))
