@@ -129,7 +129,7 @@ def wait_for(path, timeout_s=60):
 
 
 def test_the_grandparent_is_watched_when_it_is_a_launcher(tmp_path):
-    """Runner -> launch process -> rank, as under DeepSpeed; a killed runner leaves the rank's parent alive."""
+    """Runner, launch process, rank, as under DeepSpeed: a killed runner leaves the rank's parent alive."""
     environment = {k: v for k, v in os.environ.items() if k != LAUNCHER_VARIABLE}
     tops = {}
     for name in ("deepspeed", "wrapper"):
