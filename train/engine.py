@@ -17,6 +17,7 @@ from torch import Tensor
 
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.train import deepspeed_config
+from taskmoe.train.checkpoint import CheckpointError
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.distributed import Ranks
 from taskmoe.train.schedule import Phase
@@ -125,17 +126,17 @@ class Engine:
         """Read what :meth:`save` wrote. These files are pickles: only from the run's own folder.
 
         Raises:
-            TrainingError: DeepSpeed refuses, for example because the number of ranks is another.
+            CheckpointError: DeepSpeed refuses, for example because the ZeRO stage is another.
         """
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TrainingError(
+            raise CheckpointError(
                 f"{folder}: the optimiser cannot be resumed ({reason}); use as many ranks and the ZeRO stage that wrote it"
             ) from error
         if path is None:
-            raise TrainingError(f"{folder}: holds no optimiser state of {self.world_size} ranks and ZeRO {self.stage}")
+            raise CheckpointError(f"{folder}: holds no optimiser state of {self.world_size} ranks and ZeRO {self.stage}")
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -15,10 +13,9 @@ from torch import Tensor
 
 from taskmoe.moe import TaskMoEModel, TaskTable
 from taskmoe.moe.state import load_adapter, save_adapter
-from taskmoe.train import checkpoint
+from taskmoe.train import checkpoint, run_folder
 from taskmoe.train.batches import StepBatches
 from taskmoe.train.config import Config, ConfigError
-from taskmoe.train.config_io import dump
 from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
 from taskmoe.train.evaluate import evaluate, primary_metrics
@@ -31,9 +28,6 @@ from taskmoe.train.signals import StopRequest
 from taskmoe.train.summary import controls_table, epochs_table
 from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
-
-RUN_FILES = ("config.yaml", "task_map.json", "tokenizer", "trainable.txt", "trainer_log.jsonl", "eval_results.json",
-             "latest", "wandb")  # fmt: skip
 
 
 def train(config: Config) -> int:
@@ -65,7 +59,8 @@ class Run:
         self.saved_step = self.step if self.resumed else -1
         self.evaluated: dict[str, Any] | None = None  # results of the evaluation at the present step
         with as_one():
-            self._check_folder()
+            if ranks.is_main:
+                run_folder.check(config, self.resumed)
             known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
         self.data = build_data(
             config, ranks, ("train", config.eval_split), known, self.resumed.parent / "tokenizer" if self.resumed else None,
@@ -76,12 +71,13 @@ class Run:
         self.sizes = [len(s.tokens) for s in self.splits]
         self.meter = Meter(self.tasks, self.sizes)
         self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
-        for name, weight in (config.task_weights or {}).items():
-            self.weights_T[self.tasks.id(name)] = weight
-        primary_metrics(config, self.tasks)  # a metric nobody knows stops the run here, not after hours of training
-        self.batches = self._build_batches()
-        if self.state:
-            self._restore_counts()
+        with as_one():
+            for name, weight in (config.task_weights or {}).items():
+                self.weights_T[self.tasks.id(name)] = weight
+            primary_metrics(config, self.tasks)  # an unknown metric stops the run here, not after its training
+            self.batches = self._build_batches()
+            if self.state:
+                self._restore_counts()
         self._logged_at = time.monotonic()
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
         self.engine: Engine
@@ -89,7 +85,9 @@ class Run:
         self.first = phase_at(self.phases, self.step)
         self._enter(self.first)
         # Only now, when all that was given has proved usable, does anything change on the disk.
-        self._open_folder()
+        with as_one():
+            if ranks.is_main:
+                run_folder.prepare(config, self.tasks, self.data.tokenizer, self.resumed)
         self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
 
     # -- the run --------------------------------------------------------------------------------------------------
@@ -348,32 +346,6 @@ class Run:
         wanted = self.config.resume_from_checkpoint
         return None if wanted is None else checkpoint.find_together(self.folder, wanted, self.ranks)
 
-    def _check_folder(self) -> None:
-        """Refuse a folder that cannot be written, or that holds another run."""
-        if not self.ranks.is_main:
-            return
-        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "is not a folder" if not there.is_dir() else "may not be written to"
-            raise ConfigError(f"output_dir: {self.folder} cannot be used: {there} {what}; choose another")
-        goes_on = self.resumed is not None and self.resumed.parent.resolve() == self.folder.resolve()
-        if _holds_run(self.folder) and not goes_on and not self.config.overwrite_output_dir:
-            raise ConfigError(
-                f"output_dir: {self.folder} already holds a run; go on with --resume_from_checkpoint true, choose "
-                "another output_dir, or set overwrite_output_dir: true"
-            )
-
-    def _open_folder(self) -> None:
-        """Make the run folder and write what does not change."""
-        with as_one():
-            if self.ranks.is_main:
-                if self.resumed is None:
-                    _remove_run(self.folder)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.yaml").write_text(dump(self.config), encoding="utf-8")
-                self.tasks.save(self.folder / "task_map.json")
-                self.data.tokenizer.save_pretrained(self.folder / "tokenizer")
-
     @property
     def _rows_per_step(self) -> int:
         c = self.config
@@ -381,14 +353,20 @@ class Run:
 
     def _build_batches(self) -> StepBatches:
         c = self.config
-        first = self.phases[0]
-        shares = rates(first.mixing, self.sizes, self.tasks.names, first.steps * self._rows_per_step)
+        shares, *_ = [  # of all phases: a task that a later mixture misspells is found now
+            rates(p.mixing, self.sizes, self.tasks.names, p.steps * self._rows_per_step) for p in self.phases
+        ]
         return StepBatches(
             self.splits, MixtureSampler(self.sizes, shares, c.seed), self.data.collator, c.per_device_train_batch_size,
             c.gradient_accumulation_steps, self.ranks.rank, self.ranks.world_size, c.data.group_by_length_window, c.seed,
         )  # fmt: skip
 
     def _restore_counts(self) -> None:
+        if self.state["world_size"] != self.ranks.world_size:
+            raise ConfigError(
+                f"resume: the checkpoint was written by {self.state['world_size']} rank(s), this run has "
+                f"{self.ranks.world_size}; each rank goes on with its own part of the optimiser: start as many"
+            )
         if self.state["rows_per_step"] != self._rows_per_step:
             raise ConfigError(
                 f"resume: the checkpoint took {self.state['rows_per_step']} rows a step, these settings "
@@ -396,18 +374,3 @@ class Run:
             )
         self.meter.load_state_dict(self.state["meter"], self.ranks.is_main)
         self.batches.load_state_dict(self.state["batches"])
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / "task_map.json").exists() or any(folder.glob("checkpoint-*"))
-
-
-def _remove_run(folder: Path) -> None:
-    """Remove what a run has written, and nothing else: ``output_dir`` may be a folder with other things in it."""
-    if not _holds_run(folder):
-        return
-    for path in [folder / name for name in RUN_FILES] + list(folder.glob("checkpoint-*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from taskmoe.moe import TaskMoEModel, TaskTable, attach, attach_heads
 from taskmoe.moe.state import StateError
@@ -18,8 +18,9 @@ from taskmoe.train.config import Config
 from taskmoe.train.data.bundle import DataBundle, read_tasks, tokenise
 from taskmoe.train.data.collator import Collator
 from taskmoe.train.data.packing import FLAT_ATTENTION, require_packing
-from taskmoe.train.distributed import Ranks, barrier
-from taskmoe.train.models import build_model, build_tokenizer
+from taskmoe.train.distributed import Ranks
+from taskmoe.train.models import LOAD_ERRORS, build_model, build_tokenizer
+from taskmoe.train.together import main_first
 
 BASE_WEIGHTS = "base_model.safetensors"  # in a checkpoint, where the base is not a model of the hub
 
@@ -41,24 +42,18 @@ def build_data(
     tokenizer_folder: Path | None,
     say: Callable[[str], None],
 ) -> Data:
-    """Read and tokenise; rank 0 first, so that the others find its cache.
+    """Read and tokenise; rank 0 first, so that the others find its cache. An error of one rank is raised on all.
 
     Args:
         tasks: the table of a checkpoint, which the data may extend; None for a new run.
         tokenizer_folder: a saved tokenizer to use; None: built, and trained on the training texts where the model is.
     """
-    if not ranks.is_main:
-        barrier()
-    raw = read_tasks(config, splits, tasks, say=say)
-    if tokenizer_folder is not None:
-        from transformers import AutoTokenizer
+    def read() -> tuple[PreTrainedTokenizerBase, DataBundle]:
+        raw = read_tasks(config, splits, tasks, say=say)
+        tokenizer = build_tokenizer(config, raw.texts()) if tokenizer_folder is None else saved_tokenizer(tokenizer_folder)
+        return tokenizer, tokenise(raw, tokenizer, config, say=say)
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    else:
-        tokenizer = build_tokenizer(config, raw.texts())
-    bundle = tokenise(raw, tokenizer, config, say=say)
-    if ranks.is_main:
-        barrier()
+    tokenizer, bundle = main_first(ranks, read)
     labels = [len(t.labels or ()) for t in bundle.tasks]
     packing = config.data.packing
     collator = Collator(
@@ -66,6 +61,18 @@ def build_data(
         flat=config.attn_implementation in FLAT_ATTENTION,
     )  # fmt: skip
     return Data(tokenizer, bundle, collator)
+
+
+def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run.
+
+    Raises:
+        StateError: it is not there, or not readable.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except LOAD_ERRORS as error:
+        raise StateError(f"{folder}: not a readable tokenizer; put back what the run saved there") from error
 
 
 def build_moe(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: TaskTable, ranks: Ranks) -> TaskMoEModel:
