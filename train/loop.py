@@ -68,6 +68,7 @@ class Run:
         )  # fmt: skip
         bundle = self.data.bundle
         self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
+        self.added = self.tasks.names[len(known) :] if known is not None else []  # tasks the checkpoint lacks
         self.sizes = [len(s.tokens) for s in self.splits]
         self.meter = Meter(self.tasks, self.sizes)
         self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
@@ -185,12 +186,9 @@ class Run:
                 load_base(self.model, self.resumed)
                 load_adapter(self.model, self.resumed)
         self.engine = Engine(self.model, self.config, phase, self.ranks)
-        if self.carried is None and inside:
+        if self.carried is None and inside and not self.added:
             assert self.resumed is not None
-            if self.added:
-                self.tracker.line(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
-            else:
-                self.engine.load(self.resumed / "deepspeed")
+            self.engine.load(self.resumed / "deepspeed")
         if rng is not None:
             checkpoint.set_rng_state(rng)
         elif self.resumed is not None and self.carried is None:
@@ -226,6 +224,8 @@ class Run:
         say = self.tracker.line
         say(f"phase {phase.name}: steps {self.step} to {phase.end}, {self._rows_per_step} rows a step, "
             f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}")  # fmt: skip
+        if self.added and phase is self.first:
+            say(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
         groups = self.model.trainable_groups()
         sizes = {g: sum(getattr(p, "ds_numel", p.numel()) for _, p in ps) for g, ps in groups.items() if ps}
         say("trains " + ", ".join(f"{g} {n:,} in {len(groups[g])} tensors" for g, n in sizes.items()))
