@@ -1,4 +1,4 @@
-"""The tasks of a forward pass and its backward: row spaces, recomputes, several forwards, threads, routers."""
+"""The tasks of one forward pass and its backward: row spaces, recomputes, several forwards, threads."""
 
 from __future__ import annotations
 
