@@ -1,4 +1,4 @@
-"""Whatever a user can get wrong ends in one line that says what, where and what to do; nothing is half-written."""
+"""Whatever a user can get wrong ends in one line: what, where and what to do; nothing is half-written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,11 @@ report_to: [none]
 """
 SUMS = '{"input": "1 2", "output": "3"}\n{"input": "2 2", "output": "4"}\n'
 MOOD = '{"text": "oh no", "label": "bad"}\n{"text": "oh yes", "label": "good"}\n'
-CLASSES = BASE.replace("llama", "bert").replace("datasets:", "task_type: SEQ_CLS\ndatasets:").replace(
-    "  - {name: sums, path: sums.jsonl, validation_path: sums.jsonl}\n", ""
+CLASSES = (
+    BASE.replace("max_new_tokens: 2, ", "")
+    .replace("llama", "bert")
+    .replace("datasets:", "task_type: SEQ_CLS\ndatasets:")
+    .replace("  - {name: sums, path: sums.jsonl, validation_path: sums.jsonl}\n", "")
 )
 CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "%s", "content": "ho"}]}\n'
 RUN = "one finished run"  # a file name that stands for a copy of it in ./run
@@ -47,7 +52,11 @@ def first_row(text: str) -> dict[str, str | bytes]:
 
 # name: (files beside the good ones, arguments after "train cfg.yaml", what the line must say)
 ROWS = {
-    "broken JSON": (rows('{"input": "3 3", "output" "6"}\n'), "", ["sums.jsonl:3:27", "broken JSON", "one JSON object"]),
+    "broken JSON": (
+        rows('{"input": "3 3", "output" "6"}\n'),
+        "",
+        ["sums.jsonl:3:27", "broken JSON", "one JSON object"],
+    ),
     "missing column": (rows('{"input": "3 3"}\n'), "", ["sums.jsonl:3", "'output'", "the row has input"]),
     "empty text": (rows('{"input": "  ", "output": "6"}\n'), "", ["sums.jsonl:3", "input", "is empty"]),
     "label outside the set": (
@@ -73,13 +82,17 @@ ROWS = {
         "--data.on_bad_row skip",
         ["sums", "has no train rows left", "give it rows"],
     ),
-    "unknown columns": (first_row('{"question": "3 3", "reply": "6"}\n'), "", ["sums.jsonl:1", "question, reply"]),
+    "unknown columns": (
+        first_row('{"question": "3 3", "reply": "6"}\n'),
+        "",
+        ["sums.jsonl:1", "question, reply"],
+    ),
     "unknown role": (first_row(CHAT % "assistent"), "", ["sums.jsonl:1", "assistent", "assistant"]),
     "no assistant turn": (first_row(CHAT % "user"), "", ["sums.jsonl:1", "assistant"]),
     "template names a missing column": (
         {"cfg.yaml": BASE.replace("name: sums,", 'name: sums, template: "{{ inputs }}=",')},
         "",
-        ["sums.jsonl:1", "inputs", "columns are input, output"],
+        ["sums.jsonl:1", "inputs", "columns are task, input, output"],
     ),
     "template cannot be read": (
         {"cfg.yaml": BASE.replace("name: sums,", 'name: sums, template: "{{ input",')},
@@ -95,7 +108,10 @@ FILES = {
     ),
     "empty file": (first_row(""), "", ["sums.jsonl", "'sums' has no train rows", "give it rows"]),
     "csv with too few cells": (
-        {"cfg.yaml": BASE.replace("path: sums.jsonl,", "path: sums.csv,", 1), "sums.csv": "input,output\n1 2,3\n2 2\n"},
+        {
+            "cfg.yaml": BASE.replace("path: sums.jsonl,", "path: sums.csv,", 1),
+            "sums.csv": "input,output\n1 2,3\n2 2\n",
+        },
         "",
         ["sums.csv:3", "1 fields, but the header has 2 (input, output)", "quote fields"],
     ),
@@ -123,9 +139,17 @@ KEYS = {
     ),
     "wrong type": ({}, "--max_steps many", ["max_steps", "whole number", "'many'"]),
     "out of range": ({}, "--moe.lora_dropout 1.5", ["moe.lora_dropout", "1.5", "< 1"]),
-    "contradictory": ({}, "--model_name_or_path x", ["both are set of model_name_or_path and model", "exactly one"]),
+    "contradictory": (
+        {},
+        "--model_name_or_path x",
+        ["both are set of model_name_or_path and model", "exactly one"],
+    ),
     "without effect": ({}, "--mixing.max_epochs 2", ["mixing.max_epochs", "has no effect", "remove it"]),
-    "unknown router": ({}, "--moe.router task_tabel", ["moe.router", "'task_tabel'", "nearest is 'task_table'"]),
+    "unknown router": (
+        {},
+        "--moe.router task_tabel",
+        ["moe.router", "'task_tabel'", "nearest is 'task_table'"],
+    ),
     "unknown gate": ({}, "--moe.gate softmx", ["moe.gate", "'softmx'", "nearest is 'softmax'"]),
     "target_modules match nothing": ({}, "--target_modules q_prj", ["target_modules", "q_prj", "q_proj"]),
     "unknown model type": (
@@ -148,7 +172,11 @@ KEYS = {
         "--model_name_or_path ./models/x",
         ["model_name_or_path", "no such folder './models/x'"],
     ),
-    "model of another task type": ({}, "--task_type SEQ_2_SEQ_LM", ["task_type", "SEQ_2_SEQ_LM", "CAUSAL_LM"]),
+    "model of another task type": (
+        {},
+        "--task_type SEQ_2_SEQ_LM",
+        ["task_type", "SEQ_2_SEQ_LM", "CAUSAL_LM"],
+    ),
     "DeepSpeed file broken": ({"ds.json": "{"}, "--deepspeed ds.json", ["deepspeed", "ds.json:1"]),
     "DeepSpeed file with bf16": (
         {"ds.json": '{"bf16": {"enabled": true}}'},
@@ -156,7 +184,11 @@ KEYS = {
         ["ds.json", "bf16", "bf16: true"],
     ),
     "unknown metric": ({}, "--evaluation.metrics.sums exact_mach", ["'sums'", "exact_mach", "exact_match"]),
-    "metric of no task": ({}, "--evaluation.metrics.sumz exact_match", ["evaluation.metrics", "'sumz'", "sums, mood"]),
+    "metric of no task": (
+        {},
+        "--evaluation.metrics.sumz exact_match",
+        ["evaluation.metrics", "'sumz'", "sums, mood"],
+    ),
     "metric of no label": ({}, "--evaluation.metrics.mood f1:godo", ["'mood'", "godo", "good"]),
     "no number of ranks": ({}, "--num_ranks none", ["--num_ranks: 'none'", ">= 1"]),
 }
@@ -165,15 +197,15 @@ TASKS = {
     "mixture of an unknown task": (
         {"cfg.yaml": BASE.replace("{strategy: equal}", "{strategy: explicit, weights: {sums: 1, mud: 1}}")},
         "",
-        ["mixing.weights", "'mud'", "mood"],
+        ["mixing.weights.mud: no such task", "mood"],
     ),
     "a later phase's mixture of an unknown task": (
         {
-            "cfg.yaml": BASE
-            + "phases: [{name: a, steps: 1}, {name: b, mixing: {strategy: explicit, weights: {sums: 1, mod: 1}}}]\n"
+            "cfg.yaml": BASE + "phases:\n  - {name: a, steps: 1}\n"
+            "  - {name: b, mixing: {strategy: explicit, weights: {sums: 1, mod: 1}}}\n"
         },
         "",
-        ["mixing.weights", "'mod'", "mood"],
+        ["phases.1.mixing.weights.mod: no such task", "mood"],
     ),
     "two sources of one task": (
         {"cfg.yaml": BASE.replace("name: mood", "name: sums")},
@@ -181,9 +213,9 @@ TASKS = {
         ["datasets[1]", "'sums'", "give each a name"],
     ),
     "classes without labels": (
-        {"cfg.yaml": CLASSES.replace(", labels: [good, bad]", ""), "mood.jsonl": SUMS},
+        {"cfg.yaml": CLASSES.replace(", labels: [good, bad]", ""), "mood.jsonl": CHAT % "assistant"},
         "",
-        ["mood", "label"],
+        ["datasets[0]", "messages", "SEQ_CLS"],
     ),
 }
 CHECKPOINTS = {
@@ -204,9 +236,9 @@ CHECKPOINTS = {
         ["task 0 is 'sum' here but 'sums' in the checkpoint", "append new ones"],
     ),
     "other labels": (
-        {RUN: "", "cfg.yaml": BASE.replace("[good, bad]", "[bad, good]")},
+        {RUN: "", "cfg.yaml": BASE.replace("[good, bad]", "[good, bad, sad]")},
         "--resume_from_checkpoint true",
-        ["task 'mood' has labels", "in the checkpoint"],
+        ["task 'mood' has labels good, bad, sad here but good, bad in the checkpoint"],
     ),
     "other rows a step": (
         {RUN: ""},
@@ -228,8 +260,16 @@ CHECKPOINTS = {
         "--resume_from_checkpoint true",
         ["written by 2 rank(s), this run has 1", "start as many"],
     ),
-    "tokenizer gone": ({RUN: "tokenizer"}, "--resume_from_checkpoint true", ["run/tokenizer", "not a readable tokenizer"]),
-    "the folder holds a run": ({RUN: ""}, "", ["output_dir: run already holds a run", "--resume_from_checkpoint true"]),
+    "tokenizer gone": (
+        {RUN: "tokenizer"},
+        "--resume_from_checkpoint true",
+        ["run/tokenizer", "not a readable tokenizer"],
+    ),
+    "the folder holds a run": (
+        {RUN: ""},
+        "",
+        ["output_dir: run already holds a run", "--resume_from_checkpoint true"],
+    ),
     "from another run into this one": (
         {RUN: "twice"},
         "--resume_from_checkpoint other/checkpoint-2",
@@ -268,7 +308,11 @@ EVALS = {
         ["other/mood/test.jsonl:1", "'sad' is outside the labels", "'bad'"],
     ),
     "split that is not there": ({RUN: ""}, "run --split test", ["test"]),
-    "split that does not exist": ({RUN: ""}, "run --split dev", ["--split: 'dev'", "train, validation, test"]),
+    "split that does not exist": (
+        {RUN: ""},
+        "run --split dev",
+        ["--split: 'dev'", "train, validation, test"],
+    ),
 }
 
 
@@ -317,21 +361,37 @@ def rewrite(checkpoint: Path, change: Callable[[dict], dict]) -> None:
     (checkpoint / MANIFEST).write_text(_json(manifest))
 
 
+def write(files: dict[str, str | bytes], finished: Path) -> None:
+    """The files of a case, and the good ones where it has none of its own."""
+    for name, text in {"cfg.yaml": BASE, "sums.jsonl": SUMS, "mood.jsonl": MOOD, **files}.items():
+        if name == RUN:
+            copy_run(finished, str(text))
+            continue
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
 def content() -> dict[str, bytes | None]:
     """Everything below the working folder, but for the cache of tokenised data."""
     paths = sorted(p for p in Path().rglob("*") if p.parts[0] != "cache")
     return {str(p): p.read_bytes() if p.is_file() else None for p in paths}
 
 
-CASES = {
-    **{f"train, {n}": ("train cfg.yaml", *c) for d in (ROWS, FILES, KEYS, TASKS, CHECKPOINTS) for n, c in d.items()},
+# The command, files beside the good ones, arguments, what the line must say.
+Case = tuple[str, dict[str, str | bytes], str, list[str]]
+CASES: dict[str, Case] = {
+    **{
+        f"train, {n}": ("train cfg.yaml", *c)
+        for d in (ROWS, FILES, KEYS, TASKS, CHECKPOINTS)
+        for n, c in d.items()
+    },
     **{f"eval, {n}": ("eval", *c) for n, c in EVALS.items()},
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_one_line_and_nothing_half_written(
-    case: tuple[str, dict[str, str | bytes], str, list[str]],
+    case: Case,
     finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,22 +401,51 @@ def test_one_line_and_nothing_half_written(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    for name, text in {"cfg.yaml": BASE, "sums.jsonl": SUMS, "mood.jsonl": MOOD, **files}.items():
-        if name == RUN:
-            copy_run(finished, str(text))
-            continue
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    write(files, finished)
     before = content()
     capfd.readouterr()
 
     assert main([*command.split(), *arguments.split()]) == 2
 
-    lines = capfd.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("taskmoe: error: ")]
-    assert len(errors) == 1 and errors == lines[-1:], lines
-    # Before the error rank 0 may have said what it skips; nobody else has a say.
-    assert all(line.startswith("taskmoe: ") for line in lines), lines
-    missing = [word for word in words if word not in errors[0]]
-    assert not missing, f"{missing} not in {errors[0]!r}"
+    out, err = capfd.readouterr()
+    assert err.startswith("taskmoe: error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert "Traceback" not in out
+    missing = [word for word in words if word not in err]
+    assert not missing, f"{missing} not in {err!r}"
+    assert content() == before
+
+
+def main_on_a_rank(argv: list[str], folder: str) -> tuple[int, str]:
+    """Exit code and stderr of the command on this rank of the shared pair."""
+    os.chdir(folder)
+    with redirect_stderr(StringIO()) as err, redirect_stdout(StringIO()):
+        code = main(argv)
+    return code, err.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "broken JSON",
+        "target_modules match nothing",
+        "unknown metric",
+        "damaged",
+        "other experts",
+        "output_dir is a file",
+    ],
+)
+def test_two_ranks_say_it_once(
+    name: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spawn_ranks: Callable
+) -> None:
+    _, files, arguments, words = CASES[f"train, {name}"]
+    monkeypatch.chdir(tmp_path)
+    write(files, finished)
+    if name == "other experts":  # as two ranks would have left it
+        rewrite(Path("run/checkpoint-2"), lambda state: {**state, "world_size": 2, "rows_per_step": 4})
+    before = content()
+    argv = ["train", "cfg.yaml", *arguments.split()]
+    (code, err), other = spawn_ranks(main_on_a_rank, argv=argv, folder=str(tmp_path))
+    assert code == 2 and other == (2, "")
+    assert err.startswith("taskmoe: error: ") and err.count("\n") == 1
+    assert all(word in err for word in words)
     assert content() == before

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.moe import TaskError, TaskMoEModel, TaskTable
 from taskmoe.moe.state import load_adapter, save_adapter
 from taskmoe.train import checkpoint, run_folder
 from taskmoe.train.batches import StepBatches
@@ -73,8 +73,11 @@ class Run:
         self.meter = Meter(self.tasks, self.sizes)
         self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
         with as_one():
-            for name, weight in (config.task_weights or {}).items():
-                self.weights_T[self.tasks.id(name)] = weight
+            try:
+                for name, weight in (config.task_weights or {}).items():
+                    self.weights_T[self.tasks.id(name)] = weight
+            except TaskError as error:
+                raise ConfigError(f"task_weights: {error}") from error
             primary_metrics(config, self.tasks)  # an unknown metric stops the run here, not after its training
             self.batches = self._build_batches()
             if self.state:
@@ -353,11 +356,14 @@ class Run:
 
     def _build_batches(self) -> StepBatches:
         c = self.config
-        shares, *_ = [  # of all phases: a task that a later mixture misspells is found now
-            rates(p.mixing, self.sizes, self.tasks.names, p.steps * self._rows_per_step) for p in self.phases
-        ]
+        shares = []
+        for i, phase in enumerate(self.phases):  # all: a task that a later mixture misspells is found now
+            try:
+                shares.append(rates(phase.mixing, self.sizes, self.tasks.names, phase.steps * self._rows_per_step))
+            except ConfigError as error:
+                raise ConfigError(f"phases.{i}.{error}" if c.phases[i].mixing is not None else str(error)) from error
         return StepBatches(
-            self.splits, MixtureSampler(self.sizes, shares, c.seed), self.data.collator, c.per_device_train_batch_size,
+            self.splits, MixtureSampler(self.sizes, shares[0], c.seed), self.data.collator, c.per_device_train_batch_size,
             c.gradient_accumulation_steps, self.ranks.rank, self.ranks.world_size, c.data.group_by_length_window, c.seed,
         )  # fmt: skip
 

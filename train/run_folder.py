@@ -13,7 +13,16 @@ from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import dump
 
 CONFIG, TASKS, TOKENIZER = "config.yaml", "task_map.json", "tokenizer"
-OWN_FILES = (CONFIG, TASKS, TOKENIZER, "trainable.txt", "trainer_log.jsonl", "eval_results.json", "latest", "wandb")
+OWN_FILES = (
+    CONFIG,
+    TASKS,
+    TOKENIZER,
+    "trainable.txt",
+    "trainer_log.jsonl",
+    "eval_results.json",
+    "latest",
+    "wandb",
+)
 
 
 def check(config: Config, resumed: Path | None) -> None:
@@ -45,7 +54,7 @@ def check(config: Config, resumed: Path | None) -> None:
 def prepare(
     config: Config, tasks: TaskTable, tokenizer: PreTrainedTokenizerBase, resumed: Path | None
 ) -> None:
-    """Make the folder, without the run that ``check`` allowed to be overwritten, and write what does not change.
+    """Make the folder, without the run that may be overwritten, and write what does not change.
 
     Raises:
         ConfigError: it cannot be written.
@@ -67,7 +76,7 @@ def _holds_run(folder: Path) -> bool:
 
 
 def _remove_run(folder: Path) -> None:
-    """Remove what a run has written and nothing else: ``output_dir`` may be a folder with other things in it."""
+    """Remove what a run has written and nothing else: other things may lie in ``output_dir``."""
     for path in [folder / name for name in OWN_FILES] + list(folder.glob("checkpoint-*")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from taskmoe.moe.config import ConfigError
-from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe.tasks import TaskError, TaskTable
 from taskmoe.train.config import Config
 from taskmoe.train.data.errors import DataError
 from taskmoe.train.data.formats import Row
@@ -144,6 +144,11 @@ def _table(
     for name, task in found.items():
         old = tasks[tasks.id(name)] if tasks is not None and name in tasks else None
         labels = old.labels if old is not None else task.label_set()
+        if old is not None and task.labels is not None and set(task.labels) != set(labels or ()):
+            raise TaskError(
+                f"task {name!r} has labels {', '.join(task.labels)} here but {', '.join(labels or ()) or 'none'} "
+                "in the checkpoint; keep the checkpoint's"
+            )
         if config.task_type == "SEQ_CLS" and labels is None:
             raise DataError(f"task {name!r} has no labels, which task_type SEQ_CLS needs")
         task.check_labels(labels, config.data.on_bad_row, skipped)
@@ -172,7 +177,7 @@ def _check_empty(
                     found[task.name].where.get(split, ""),
                 )
             missing.append(task.name)
-        if missing:
+        if missing and any(any(of_tasks) for of_tasks in rows.values()):  # else the error says it
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             say(f"no {split} split for {shown}: nothing is measured there (none is cut off train)")
 
