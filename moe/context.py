@@ -1,11 +1,12 @@
 """What one forward pass is about: the tasks of its rows, a Plan per row space, the gates.
 
-Legend: B sequences, L positions, M rows (tokens), K d_in, T tasks, Tb tasks in this batch, H heads, E experts,
-k slots a task.
+Legend: B sequences, L positions, M rows (tokens), K d_in, T tasks, Tb tasks in this batch, H heads, E
+experts, k slots a task.
 
-A :class:`Context` belongs to one forward pass. It reaches the layers through a context variable and is *captured*
-where activation checkpointing will recompute (:func:`bind`), never looked up at recompute: between a forward and its
-backward other forwards may have run, with other tasks, and a backward may run on autograd's own threads.
+A :class:`Context` belongs to one forward pass. It reaches the layers through a context variable and is
+*captured* where activation checkpointing will recompute (:func:`bind`), never looked up at recompute: between
+a forward and its backward other forwards may have run, with other tasks, and a backward may run on autograd's
+own threads.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Context:
         self._plans: dict[int, Plan] = {}
 
     def enter(self, x: Tensor) -> Tensor:
-        """``x`` (floating) as it enters the model: tied to the routers, and fit for reentrant checkpointing."""
+        """``x`` (floating) as it enters the model: tied to the routers, fit for reentrant checkpointing."""
         if not torch.is_grad_enabled():
             return x
         if self.bridge is not None:
@@ -77,8 +78,8 @@ class Context:
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).
 
-        A batch of B sequences owns M / B consecutive rows each: M = B, B * L, B * beams * L. Packed batches know
-        their positions, so M must be B * L.
+        A batch of B sequences owns M / B consecutive rows each: M = B, B * L, B * beams * L. Packed batches
+        know their positions, so M must be B * L.
 
         Raises:
             RowSpaceError: the rows cannot be split evenly over the sequences; names the module.
@@ -92,8 +93,8 @@ class Context:
                 if rows != len(self._row_index):
                     raise RowSpaceError(
                         f"{name}: {rows} rows (leading shape {tuple(lead)}) but task_ids name "
-                        f"{len(self._row_index)} positions; packed batches reach only modules that keep every "
-                        "position: exclude this one with exclude_modules"
+                        f"{len(self._row_index)} positions; packed batches reach only modules that keep "
+                        "every position: exclude this one with exclude_modules"
                     )
                 plan = Plan.from_rows(self._row_index, len(self.tasks))
             else:
@@ -150,7 +151,7 @@ def bind(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def bind_checkpointing(modules: Sequence[torch.nn.Module]) -> None:
-    """Wrap the checkpointing function that transformers put on ``modules`` so that recomputes keep their context."""
+    """Wrap the checkpointing function that transformers put on ``modules``: recomputes keep their context."""
     for module in modules:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not getattr(checkpoint, "_taskmoe_bound", False):
@@ -168,14 +169,16 @@ def _bound_checkpoint(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 class GateBridge:
     """Brings the gradient of the gates back to the routers in the one ordinary backward pass.
 
-    The graph between routers and layers is cut: layers see leaves. (Uncut, a reentrant recompute would walk through
-    the routers once a layer: "backward through the graph a second time".) Every path from a layer back to the start
-    passes through an input embedding or a floating input, so an identity there runs after all layers have left their
-    gradient on the leaves, and can hand it to the real gates. Models with several of them (encoder, decoder, towers)
-    chain the identities by a scalar, so that the one that holds the gates runs last.
+    The graph between routers and layers is cut: layers see leaves. (Uncut, a reentrant recompute would walk
+    through
+    the routers once a layer: "backward through the graph a second time".) Every path from a layer back to the
+    start passes through an input embedding or a floating input, so an identity there runs after all layers
+    have left their gradient on the leaves, and can hand it to the real gates. Models with several of them
+    (encoder, decoder, towers) chain the identities by a scalar, so that the one that holds the gates runs
+    last.
 
-    ``torch.autograd.grad`` and ``backward(inputs=)`` leave nothing on leaves that they are not asked for: where they
-    ask for the routers, the backward pass raises a RuntimeError.
+    ``torch.autograd.grad`` and ``backward(inputs=)`` leave nothing on leaves that they are not asked for:
+    where they ask for the routers, the backward pass raises a RuntimeError.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -184,7 +187,7 @@ class GateBridge:
         self._carrier = values
         # In the graph, and asked for by every plain backward, by no other.
         self._sentinel = torch.zeros((), requires_grad=True)
-        self._routers = values.grad_fn
+        self._routers: Any = values.grad_fn
         self.calls = 0
 
     def __call__(self, embeddings: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ class _Bridge(torch.autograd.Function):
         return embeddings.clone(), carrier.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.bridge is None:
             return None, grad_embeddings, torch.zeros_like(ctx.carrier_like), None
         return None, grad_embeddings, torch.stack(ctx.bridge.take_gradients()), None

@@ -1,9 +1,10 @@
-"""A dry run that finds out whether the rows of each target can be assigned to sequences, by changing one sequence.
+"""A dry run that finds out whether the rows of each target can be assigned to sequences, by changing one
+sequence.
 
-B = 3 short sequences are run twice; in the second run the middle one is different. The input of a target has M rows;
-sequence b must own rows b * M / B to (b + 1) * M / B: so just rows of the middle third may have changed, and some must
-have. A linear on position tables (no row changes), sequence-last layouts (rows of all thirds change) and token
-dispatch (rows move) are found this way, whatever their shapes.
+B = 3 short sequences are run twice; in the second run the middle one is different. The input of a target has
+M rows; sequence b must own rows b * M / B to (b + 1) * M / B: so just rows of the middle third may have
+changed, and some must have. A linear on position tables (no row changes), sequence-last layouts (rows of all
+thirds change) and token dispatch (rows move) are found this way, whatever their shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
         shape = (SEQUENCES, getattr(config, "num_channels", 3), height, width)
         return {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)}
     if name != "input_ids":
-        raise ConfigError(f"{type(model).__name__} takes {name}: pass attach(..., example_inputs=) with 3 examples")
+        raise ConfigError(
+            f"{type(model).__name__} takes {name}: pass attach(..., example_inputs=) with 3 examples"
+        )
     vocab = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
 
     def ids(length: int) -> Tensor:
@@ -44,7 +47,10 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
             found[:, -1] = eos  # some classifiers (BART, T5) pool there
         return found.to(device)
 
-    inputs = {"input_ids": ids(LENGTH), "attention_mask": torch.ones(SEQUENCES, LENGTH, dtype=torch.long, device=device)}
+    inputs = {
+        "input_ids": ids(LENGTH),
+        "attention_mask": torch.ones(SEQUENCES, LENGTH, dtype=torch.long, device=device),
+    }
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids(TARGET_LENGTH)
     return inputs
@@ -53,7 +59,12 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
 def _with_other_middle(inputs: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(inputs)
     for key, value in inputs.items():
-        if isinstance(value, Tensor) and "mask" not in key and value.dim() > 0 and value.shape[0] == SEQUENCES:
+        if (
+            isinstance(value, Tensor)
+            and "mask" not in key
+            and value.dim() > 0
+            and value.shape[0] == SEQUENCES
+        ):
             other = value.clone()
             other[1] = value[0] if value.dim() == 1 else value[0].roll(1, 0)
             changed[key] = other
@@ -120,5 +131,6 @@ def _check_rows(name: str, x: Tensor, other: Tensor) -> None:
     if changed != [False, True, False]:
         which = [i for i, c in enumerate(changed) if c]
         raise RowSpaceError(
-            f"{name}: its input has leading shape {lead}; changing sequence 1 changed the rows of sequences {which}: {advice}"
+            f"{name}: its input has leading shape {lead}; changing sequence 1 changed the rows of sequences "
+            f"{which}: {advice}"
         )

@@ -1,7 +1,8 @@
 """Gates: logits of a router -> how much of each expert. Pure functions, one a method.
 
-Legend: E experts, k slots. Each takes ``logits`` [..., E] float and returns ``(values [..., k], slots)``; ``slots``
-([..., k] int64) names the expert behind each value, or is None where k = E and value j belongs to expert j.
+Legend: E experts, k slots. Each takes ``logits`` [..., E] float and returns ``(values [..., k], slots)``;
+``slots`` ([..., k] int64) names the expert behind each value, or is None where k = E and value j belongs to
+expert j.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ def softmax(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tens
 
 
 def sigmoid(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, None]:
-    """sigmoid(logits / temperature) normalised to sum to one (Poly, Ponti et al. 2022, without its training noise)."""
+    """sigmoid(logits / temperature), normalised to sum to one (Poly, Ponti et al. 2022, no noise)."""
     values = torch.sigmoid(logits / temperature)
     return values / (values.sum(dim=-1, keepdim=True) + 1e-12), None
 
 
 def top_k(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """softmax over the ``top_k`` largest logits; the other experts get nothing (Shazeer et al. 2017, without noise)."""
+    """softmax over the ``top_k`` largest logits, nothing for the rest (Shazeer et al. 2017, no noise)."""
     assert top_k is not None
     largest, slots = torch.topk(logits, top_k, dim=-1)
     return torch.softmax(largest / temperature, dim=-1), slots

@@ -2,13 +2,14 @@
 
 Legend: B sequences, L positions, M rows, K features, N outputs (the largest label count), T tasks.
 
-Every rank touches every stacked tensor in every step (zeros for absent tasks), whatever tasks its batch holds.
+Every rank touches every stacked tensor in every step (zeros for absent tasks), whatever tasks its batch
+holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,15 @@ from taskmoe.moe.tasks import TaskTable
 class TaskLinear(nn.Module):
     """A linear layer of its own for each task: weight_TNK [T, N, K], bias_TN [T, N] float32.
 
-    All tasks start from the same values. With ``label_counts`` ([T] ints) outputs beyond a task's own labels are -inf.
+    All tasks start from the same values. With ``label_counts`` ([T] ints) outputs beyond a task's own labels
+    are -inf.
     """
 
-    task_dims = {"weight_TNK": 0, "bias_TN": 0}
+    task_dims: ClassVar[dict[str, int]] = {"weight_TNK": 0, "bias_TN": 0}
 
-    def __init__(self, linear: nn.Linear, num_tasks: int, name: str, label_counts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, linear: nn.Linear, num_tasks: int, name: str, label_counts: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.name = name
         self.weight_TNK = nn.Parameter(linear.weight.detach().float().repeat(num_tasks, 1, 1))
@@ -88,12 +92,14 @@ class MeanPoolClassifier(nn.Module):
 def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model") -> nn.Module:
     """Give a model one classification head per task.
 
-    pooling "model": the linears of the model's own classification head (all outside ``model.base_model``) become
-    :class:`TaskLinear`; the model must be an AutoModelForSequenceClassification with ``num_labels`` = the largest
-    label count. pooling "mean": ``model`` is a bare encoder; a linear on its mean-pooled output is added.
+    pooling "model": the linears of the model's own classification head (all outside ``model.base_model``)
+    become :class:`TaskLinear`; the model must be an AutoModelForSequenceClassification with ``num_labels`` =
+    the largest label count. pooling "mean": ``model`` is a bare encoder; a linear on its mean-pooled output
+    is added.
 
     Raises:
-        ConfigError: an unknown pooling, a task without labels, or a model whose head is missing or of another size.
+        ConfigError: an unknown pooling, a task without labels, or a model whose head is missing or of another
+        size.
     """
     if pooling not in ("model", "mean"):
         raise ConfigError(f"pooling: {pooling!r} is unknown; known are model, mean")
@@ -106,7 +112,7 @@ def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model") -> 
         linear.weight.data.normal_(0.0, getattr(model.config, "initializer_range", 0.02))
         linear.bias.data.zero_()
         return MeanPoolClassifier(model, TaskLinear(linear, len(tasks), "classifier", counts))
-    inner = {id(m) for m in model.base_model.modules()} if model.base_model is not model else set()  # type: ignore[union-attr,operator]
+    inner = {id(m) for m in model.base_model.modules()} if model.base_model is not model else set()  # type: ignore[union-attr]
     heads = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inner]
     if not inner or not heads:
         raise ConfigError(f"{type(model).__name__} has no classification head; use pooling: mean")
@@ -117,7 +123,9 @@ def attach_heads(model: nn.Module, tasks: TaskTable, pooling: str = "model") -> 
         )
     final = [n for n, m in heads if m.out_features == max(counts)]
     if not final:
-        raise ConfigError(f"{type(model).__name__} has no linear with {max(counts)} outputs; use pooling: mean")
+        raise ConfigError(
+            f"{type(model).__name__} has no linear with {max(counts)} outputs; use pooling: mean"
+        )
     for name, linear in heads:
         parent, _, leaf = name.rpartition(".")
         head = TaskLinear(linear, len(tasks), name, counts if name == final[-1] else None)

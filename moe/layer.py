@@ -14,7 +14,8 @@ from taskmoe.moe.context import current
 class MoELinear(nn.Module):
     """``base(x)`` plus what the task's experts add.
 
-    ``base`` is any frozen module that maps [..., K] to [..., N] (nn.Linear, GPT-2's Conv1D, a quantised linear).
+    ``base`` is any frozen module that maps [..., K] to [..., N] (nn.Linear, GPT-2's Conv1D, a quantised
+    linear).
     """
 
     def __init__(self, base: nn.Module, bank: LowRankBank, name: str, group: int) -> None:

@@ -1,12 +1,12 @@
 """TaskMoEModel: a Hugging Face model whose linears carry experts, called with ``task_ids``.
 
-Legend: B sequences, L positions, S routing groups, T tasks, Tb tasks in this batch, H heads, E experts, k slots.
+Legend: B sequences, L positions, S routing groups, T tasks, Tb tasks in this batch, H heads, E experts, k
+slots.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.context import Context, Gate, GateBridge, _current, bind_checkpointing, use
+from taskmoe.moe.entries import floating_inputs, input_embeddings
 from taskmoe.moe.gates import GATES, uniform
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.routers import ROUTERS
-from taskmoe.moe.tasks import TaskError, TaskTable
+from taskmoe.moe.task_ids import check_batch, read_task_ids
+from taskmoe.moe.tasks import TaskTable
 
 GROUPS = ("base", "experts", "router", "task_embedding", "heads", "saved")
 
@@ -46,12 +48,14 @@ def _embedding_hook(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 class TaskMoEModel(nn.Module):
-    """What :func:`taskmoe.moe.attach` returns. ``forward`` and ``generate`` take the model's own arguments plus
-    ``task_ids``: int64 [B], or [B, L] for packed rows (on the CPU; a tensor on a GPU costs a synchronisation), or a
-    list of task names.
+    """What :func:`taskmoe.moe.attach` returns. ``forward`` and ``generate`` take the model's own arguments
+    plus ``task_ids``: int64 [B], or [B, L] for packed rows (on the CPU; a tensor on a GPU costs a
+    synchronisation), or a list of task names.
     """
 
-    def __init__(self, base_model: nn.Module, moe_config: TaskMoEConfig, tasks: TaskTable, groups: Sequence[str]) -> None:
+    def __init__(
+        self, base_model: nn.Module, moe_config: TaskMoEConfig, tasks: TaskTable, groups: Sequence[str]
+    ) -> None:
         super().__init__()
         self.base_model = base_model
         self.routing = Routing(moe_config, groups, len(tasks))
@@ -59,15 +63,16 @@ class TaskMoEModel(nn.Module):
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
         self._checkpointed = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._embeddings = _input_embeddings(base_model)
+        self._embeddings = input_embeddings(base_model)
         for module in self._embeddings:
             module.register_forward_hook(_embedding_hook)
-        self._entries = _entries(base_model)
+        self._entries = floating_inputs(base_model)
+        self._main_input = str(getattr(base_model, "main_input_name", "input_ids"))
         self._parameters_in_order = [
-            p.name for p in inspect.signature(base_model.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+            p.name
+            for p in inspect.signature(base_model.forward).parameters.values()
+            if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
-
-    # -- running ------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         """The model's own output, with the experts of ``task_ids``.
@@ -78,7 +83,7 @@ class TaskMoEModel(nn.Module):
         kwargs = self._named(args, kwargs)
         context = self.context(task_ids)
         if task_ids is not None:
-            self._check_batch(context, kwargs)
+            check_batch(context, kwargs, self._main_input)
         bind_checkpointing(self._checkpointed)
         for name in self._entries:
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].is_floating_point():
@@ -87,8 +92,8 @@ class TaskMoEModel(nn.Module):
             output = self.base_model(**kwargs)
         if context.bridge is not None and context.bridge.calls == 0:
             raise RuntimeError(
-                f"{type(self.base_model).__name__} called no input embedding that get_input_embeddings() knows, so "
-                f"the routers would get no gradient; pass one of {', '.join(self._entries)}"
+                f"{type(self.base_model).__name__} called no input embedding that get_input_embeddings() "
+                f"knows, so the routers would get no gradient; pass one of {', '.join(self._entries)}"
             )
         return output
 
@@ -100,9 +105,10 @@ class TaskMoEModel(nn.Module):
         """
         context = self.context(task_ids)
         if task_ids is not None:
-            self._check_batch(context, {**kwargs, "inputs": args[0] if args else kwargs.get("inputs")})
+            given = {**kwargs, "inputs": args[0] if args else kwargs.get("inputs")}
+            check_batch(context, given, self._main_input)
         with torch.no_grad(), use(context):
-            return self.base_model.generate(*args, **kwargs)  # type: ignore[union-attr,operator]
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def context(self, task_ids: Any) -> Context:
         """The :class:`~taskmoe.moe.context.Context` of a forward pass on these tasks."""
@@ -126,60 +132,22 @@ class TaskMoEModel(nn.Module):
         return context
 
     def _host_ids(self, task_ids: Any) -> list[Any]:
-        if task_ids is None:
-            if self._mode == "off" and not any(isinstance(m, TaskLinear) for m in self.modules()):
-                return [0]
-            raise TaskError("task_ids are missing: pass one task id (or name) per sequence")
-        ids = task_ids.tolist() if hasattr(task_ids, "tolist") else task_ids
-        if not isinstance(ids, (list, tuple)):
-            raise TaskError(f"task_ids are {ids!r}: pass a list or tensor with one task id (or name) per sequence")
-        if ids and isinstance(ids[0], (list, tuple)):
-            ids = [[self._id(t) for t in row] for row in ids]
-            flat = [t for row in ids for t in row]
-            if len({len(row) for row in ids}) > 1:
-                raise TaskError("packed task_ids have rows of unequal length: pass one task per position, [B, L]")
-        else:
-            ids = flat = [self._id(t) for t in ids]
-        if not flat:
-            raise TaskError("task_ids are empty: pass one task id (or name) per sequence")
-        low, high = min(flat), max(flat)
-        if low < 0 or high >= len(self.tasks):
-            bad = low if low < 0 else high
-            raise TaskError(f"task id {bad} is not in the table of {len(self.tasks)} tasks (0..{len(self.tasks) - 1})")
-        return ids
-
-    def _id(self, task: Any) -> int:
-        if isinstance(task, str):
-            return self.tasks.id(task)
-        if isinstance(task, bool) or not hasattr(task, "__index__"):
-            raise TaskError(f"task_ids hold {task!r}: give whole numbers or task names")
-        return operator.index(task)
+        if (
+            task_ids is None
+            and self._mode == "off"
+            and not any(isinstance(m, TaskLinear) for m in self.modules())
+        ):
+            return [0]  # nothing depends on the task
+        return read_task_ids(task_ids, self.tasks)
 
     def _named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         named = dict(zip(self._parameters_in_order, args, strict=False))
         if len(named) < len(args) or named.keys() & kwargs.keys():
             raise TypeError(
-                f"{len(args)} positional arguments do not fit {type(self.base_model).__name__}.forward; name them"
+                f"{len(args)} positional arguments do not fit {type(self.base_model).__name__}.forward; "
+                "pass them by name"
             )
         return {**named, **kwargs}
-
-    def _check_batch(self, context: Context, inputs: Mapping[str, Any]) -> None:
-        """Rows are split evenly over the sequences, so a wrong number of task ids might go unnoticed."""
-        main = getattr(self.base_model, "main_input_name", "input_ids")
-        for name in dict.fromkeys((main, "inputs", "input_ids", "inputs_embeds", "decoder_input_ids")):
-            value = inputs.get(name)
-            if not isinstance(value, Tensor):
-                continue
-            if value.shape[0] != context.num_sequences:
-                raise TaskError(
-                    f"task_ids name {context.num_sequences} sequences, {name} holds {value.shape[0]}: "
-                    "pass one task per sequence"
-                )
-            if context.packed and name == main and tuple(value.shape[:2]) != (context.num_sequences, context.length):
-                raise TaskError(
-                    f"packed task_ids have {context.length} positions a row, {name} has {value.shape[1]}: "
-                    "pass one task per position"
-                )
 
     @contextmanager
     def _in_mode(self, mode: str) -> Iterator[None]:
@@ -194,10 +162,8 @@ class TaskMoEModel(nn.Module):
         return self._in_mode("off")
 
     def uniform_gates(self) -> Any:
-        """Context manager: every expert gets the gate 1 / E, whatever the task (the average-routing control)."""
+        """Context manager: every expert gets the gate 1 / E, whatever the task (the control for routing)."""
         return self._in_mode("uniform")
-
-    # -- looking ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def gates(self) -> dict[str, Tensor]:
@@ -209,7 +175,7 @@ class TaskMoEModel(nn.Module):
         return dict(zip(self.routing.groups, values_STHk, strict=True))
 
     def parameter_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter by kind: base, experts, router, task_embedding, heads, saved; [(name, parameter)]."""
+        """{kind: [(name, parameter)]} of every parameter; the kinds are ``GROUPS``."""
         kind: dict[int, str] = {}
         for module in self.modules():
             if isinstance(module, (LowRankBank, TaskLinear)):
@@ -257,9 +223,8 @@ class TaskMoEModel(nn.Module):
         """One line in PEFT's form."""
         counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.parameters()]
         trainable, total = sum(n for n, t in counts if t), sum(n for n, _ in counts)
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    # -- keeping ------------------------------------------------------------------------------------------------
+        share = f"{100 * trainable / total:.4f}"
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share}")
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Banks, routers, heads and saved modules, on the CPU, contiguous."""
@@ -267,7 +232,7 @@ class TaskMoEModel(nn.Module):
         return {n: p.detach().cpu().contiguous() for g in GROUPS[1:] for n, p in groups[g]}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_model.safetensors, adapter_config.json and task_map.json (see :mod:`taskmoe.moe.state`)."""
+        """Write adapter_model.safetensors, adapter_config.json, task_map.json (:mod:`taskmoe.moe.state`)."""
         from taskmoe.moe.state import save_adapter
 
         save_adapter(self, folder)
@@ -292,26 +257,6 @@ class TaskMoEModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(super().__getattr__("base_model"), name)
-
-
-def _entries(model: nn.Module) -> list[str]:
-    """Names of the arguments by which floating inputs enter the model or one of its parts (an image tower)."""
-    names = ["inputs_embeds", "decoder_inputs_embeds"]
-    names += [str(m.main_input_name) for m in model.modules() if hasattr(m, "main_input_name")]
-    return list(dict.fromkeys(names))
-
-
-def _input_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The token embeddings of the model and of its parts (encoder, decoder, towers), each once."""
-    found: dict[int, nn.Module] = {}
-    for owner in model.modules():
-        try:
-            embedding = owner.get_input_embeddings()  # type: ignore[operator]
-        except (NotImplementedError, AttributeError):
-            continue
-        if isinstance(embedding, nn.Embedding) or (embedding is not None and hasattr(embedding, "num_embeddings")):
-            found[id(embedding)] = embedding
-    return list(found.values())
 
 
 def task_dims(model: TaskMoEModel) -> Mapping[str, int]:

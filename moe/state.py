@@ -37,7 +37,12 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
         raise StateError(f"{empty[0]} is empty; gather partitioned parameters before saving")
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     base = getattr(getattr(model.base_model, "config", None), "_name_or_path", None)
-    config = {"peft_type": "TASKMOE", "format": FORMAT, "base_model_name_or_path": base, **model.moe_config.to_dict()}
+    config = {
+        "peft_type": "TASKMOE",
+        "format": FORMAT,
+        "base_model_name_or_path": base,
+        **model.moe_config.to_dict(),
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
 
@@ -53,7 +58,9 @@ def read_config(folder: str | Path) -> TaskMoEConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         kind = (values.pop("peft_type", None), values.pop("format", None))
         if kind != ("TASKMOE", FORMAT):
-            raise StateError(f"{path}: not a taskmoe adapter of format {FORMAT}, but peft_type {kind[0]}, format {kind[1]}")
+            raise StateError(
+                f"{path}: not a taskmoe adapter of format {FORMAT}, but peft_type {kind[0]}, format {kind[1]}"
+            )
         values.pop("base_model_name_or_path", None)
         return TaskMoEConfig.from_dict(values)
     except StateError:
@@ -61,14 +68,16 @@ def read_config(folder: str | Path) -> TaskMoEConfig:
     except ConfigError as error:
         raise StateError(f"{path}: {error}") from error
     except (OSError, AttributeError, TypeError, ValueError) as error:  # ValueError: broken JSON, or not UTF-8
-        raise StateError(f"{path}: not a readable adapter config ({type(error).__name__}: {error})") from error
+        raise StateError(
+            f"{path}: not a readable adapter config ({type(error).__name__}: {error})"
+        ) from error
 
 
 def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
     """Load a saved adapter into an attached model whose task table starts with the adapter's.
 
-    Rows of tasks that the adapter does not know follow ``moe_config.new_task_rows``: the mean of the known rows, zero,
-    or what the model was initialised with (random).
+    Rows of tasks that the adapter does not know follow ``moe_config.new_task_rows``: the mean of the known
+    rows, zero, or what the model was initialised with (random).
 
     Raises:
         StateError: unreadable file; missing, unexpected or misshapen tensors.
@@ -86,7 +95,9 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"
-        raise StateError(f"{folder / WEIGHTS} {what} ({len(missing)} missing, {len(extra)} unexpected): other settings?")
+        raise StateError(
+            f"{folder / WEIGHTS} {what} ({len(missing)} missing, {len(extra)} unexpected): other settings?"
+        )
     dims = task_dims(model)
     values: dict[str, Tensor] = {}
     for name, parameter in own.items():
@@ -121,7 +132,7 @@ def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
 def load_model(
     base_model: nn.Module, folder: str | Path, tasks: TaskTable | None = None, **kwargs: Any
 ) -> TaskMoEModel:
-    """Attach as the saved config says, then :func:`load_adapter`. ``tasks``: a longer table, else the saved one."""
+    """Attach as the saved config says, then :func:`load_adapter`; ``tasks``: a longer table, if any."""
     from taskmoe.moe.attach import attach
 
     config = read_config(folder)

@@ -40,8 +40,8 @@ def layer_number(name: str) -> int | None:
 def find_targets(model: nn.Module, config: TaskMoEConfig, saved: Sequence[str] = ()) -> dict[str, nn.Module]:
     """{name: module} of the linears that ``config`` selects, in the order of the model.
 
-    "all-linear" is every linear except the output embeddings and the classification head. Modules named in ``saved``
-    (trained whole) and what is inside them are left out.
+    "all-linear" is every linear except the output embeddings and the classification head. Modules named in
+    ``saved`` (trained whole) and what is inside them are left out.
 
     Raises:
         ConfigError: nothing matches, or a name in a list matches nothing; lists the closest names.
@@ -54,7 +54,7 @@ def find_targets(model: nn.Module, config: TaskMoEConfig, saved: Sequence[str] =
         outputs = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {n: m for n, m in candidates.items() if m is not outputs}
         if type(model).__name__.endswith("ForSequenceClassification"):
-            inner = {id(m) for m in model.base_model.modules()}  # type: ignore[union-attr,operator]
+            inner = {id(m) for m in model.base_model.modules()}  # type: ignore[union-attr]
             chosen = {n: m for n, m in chosen.items() if id(m) in inner}
     else:
         chosen = {n: m for n, m in candidates.items() if _matches(n, pattern)}
@@ -72,12 +72,16 @@ def find_targets(model: nn.Module, config: TaskMoEConfig, saved: Sequence[str] =
         numbers = {wanted_layers} if isinstance(wanted_layers, int) else set(wanted_layers)
         missing = numbers - {layer_number(n) for n in chosen}
         if missing:
-            raise ConfigError(f"moe.layers_to_transform: no target in layers {sorted(missing)}; pick layers that exist")
+            raise ConfigError(
+                f"moe.layers_to_transform: no target in layers {sorted(missing)}; pick layers that exist"
+            )
         chosen = {n: m for n, m in chosen.items() if layer_number(n) in numbers}
     return chosen
 
 
-def _check_patterns(key: str, pattern: str | tuple[str, ...] | None, candidates: dict[str, nn.Module]) -> None:
+def _check_patterns(
+    key: str, pattern: str | tuple[str, ...] | None, candidates: dict[str, nn.Module]
+) -> None:
     """A regex must compile and match a linear, and so must every name of a list."""
     if pattern is None or (isinstance(pattern, str) and pattern.lower() == "all-linear"):
         return
@@ -113,9 +117,13 @@ def check_rank_pattern(names: list[str], config: TaskMoEConfig) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(f"moe.rank_pattern: {pattern!r} is not a regular expression ({error})") from error
+            raise ConfigError(
+                f"moe.rank_pattern: {pattern!r} is not a regular expression ({error})"
+            ) from error
         if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in names):
-            raise ConfigError(f"moe.rank_pattern: {pattern!r} matches no target; targets are {', '.join(names[:8])} ...")
+            raise ConfigError(
+                f"moe.rank_pattern: {pattern!r} matches no target; targets are {', '.join(names[:8])} ..."
+            )
 
 
 def routing_group(name: str, scope: str) -> str:

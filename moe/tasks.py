@@ -94,7 +94,9 @@ class TaskTable:
         """
         if name not in self._ids:
             near = difflib.get_close_matches(name, self._ids, n=3, cutoff=0.4) or list(self._ids)[:5]
-            raise TaskError(f"unknown task {name!r}; the nearest of {len(self)} are {', '.join(near) or 'none'}")
+            raise TaskError(
+                f"unknown task {name!r}; the nearest of {len(self)} are {', '.join(near) or 'none'}"
+            )
         return self._ids[name]
 
     def require_prefix_of(self, other: TaskTable) -> None:
@@ -114,7 +116,8 @@ class TaskTable:
                 )
             if task.labels is not None and other[i].labels != task.labels:
                 raise TaskError(
-                    f"task {task.name!r} has labels {other[i].labels} here but {task.labels} in the checkpoint"
+                    f"task {task.name!r} has labels {other[i].labels} here "
+                    f"but {task.labels} in the checkpoint"
                 )
 
     @property
@@ -153,7 +156,12 @@ class TaskTable:
         try:
             rows = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
-                Task(r["name"], r["slug"], None if r.get("labels") is None else tuple(r["labels"]), r.get("group"))
+                Task(
+                    r["name"],
+                    r["slug"],
+                    None if r.get("labels") is None else tuple(r["labels"]),
+                    r.get("group"),
+                )
                 for r in rows
             )
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -19,11 +19,12 @@ class LowRankBank(nn.Module):
     """Low-rank experts, gated after the product or averaged before it.
 
     after:  y + s * sum_j g[t, j] B_e(j) A_e(j) x     (LoRA experts; rank-1 experts are r = 1)
-    before: y + s * B_t A_t x, A_t = sum_e g[t, e] A_e, B_t likewise   (Poly; with H > 1 heads MHR: block h of the
+    before: y + s * B_t A_t x, A_t = sum_e g[t, e] A_e, B_t likewise   (Poly; with H > 1 heads MHR: block h of
+    the
             features of A and of B is averaged with its own gates g[t, h])
 
-    A_ErK: [E, r, K] and B_ErN: [E, r, N], float32. B starts at zero, so that the first step equals the base model;
-    A starts as LoRA's (uniform, +-1 / sqrt(K)).
+    A_ErK: [E, r, K] and B_ErN: [E, r, N], float32. B starts at zero, so that the first step equals the base
+    model; A starts as LoRA's (uniform, +-1 / sqrt(K)).
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class LowRankBank(nn.Module):
             A_TrK, B_TrN = average(self.A_ErK, weights_THE), average(self.B_ErN, weights_THE)
             return low_rank_averaged(x_MK, y_MN, A_TrK, B_TrN, self.scale, plan)
         slots = None if gate.slots is None else gate.slots.squeeze(1)
-        A_GErK, B_GErN = self.A_ErK.unsqueeze(0), self.B_ErN.unsqueeze(0)  # G = 1: one gradient, summed over tasks
+        A_GErK, B_GErN = (
+            self.A_ErK.unsqueeze(0),
+            self.B_ErN.unsqueeze(0),
+        )  # G = 1: one gradient, summed over tasks
         return low_rank(x_MK, y_MN, A_GErK, B_GErN, gate.values.squeeze(1), slots, self.scale, plan)
 
     def extra_repr(self) -> str:
