@@ -50,7 +50,7 @@ class DatasetConfig:
     test_path: str | None = None
     test_split: str | None = None
     format: str = "auto"  # text_label | input_output | instruction | prompt_completion | messages | conversations
-    template: str | None = None  # Jinja, placeholders are the row's columns
+    template: str | None = None  # Jinja, placeholders are the row's columns and task, its name
     weight: float | None = None  # sampling share (mixing.strategy: explicit)
     group: str | None = None
     metric: str | None = None

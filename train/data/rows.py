@@ -160,6 +160,8 @@ class _RowReader:
             or labels is not None
             or self.target in self.source.classes
         )
+        if self.template is not None:
+            row = {"task": name, **row}  # a template may name the task, also where no column does
         return name, parse_row(row, where, self.form, self.template, self.config.task_type, labelled)
 
     def _start(self, row: Row, where: str) -> None:

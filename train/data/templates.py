@@ -1,4 +1,4 @@
-"""Prompts from Jinja templates whose placeholders are the row's columns."""
+"""Prompts from Jinja templates whose placeholders are the row's columns and ``task``."""
 
 from __future__ import annotations
 

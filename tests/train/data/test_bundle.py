@@ -65,6 +65,14 @@ def test_a_named_task_column_joins_files(write: Write, configure: Configure) -> 
     assert column(raw, "train", 0, "label") == ["pos", "neg"]
 
 
+def test_a_template_may_name_the_task(write: Write, configure: Configure) -> None:
+    by_file = configure(write("sum.jsonl", SUM), write("b.jsonl", [{**SUM[0], "task": "own"}]))
+    asked = dataclasses.replace(by_file, data=dataclasses.replace(by_file.data, template="{{ task }}: {{ input }}\n"))
+    raw = read(asked)
+    assert column(raw, "train", 0, "prompt") == ["sum: 1 1\n", "sum: 1 2\n"]
+    assert column(raw, "train", 1, "prompt") == ["own: 1 1\n"]  # of the column that splits the file
+
+
 def test_a_row_without_the_task_column(write: Write, configure: Configure) -> None:
     path = write("a.jsonl", [{**SST[0], "task": "b"}, SST[1]])
     with pytest.raises(DataError, match=r"a\.jsonl:2: no task column 'task'; the row has text, label"):
