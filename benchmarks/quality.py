@@ -31,7 +31,7 @@ from taskmoe.train.evaluate import group_of, primary_metrics
 from taskmoe.train.setup import Data
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# One low-rank bank for all tasks, always on: plain LoRA, as a bank with one expert. None takes a setting back.
+# Plain LoRA: one bank for all tasks, always on, as a bank with one expert. None takes a setting back.
 PLAIN_LORA = {
     "moe.num_experts": 1,
     "moe.router": "none",
@@ -39,6 +39,9 @@ PLAIN_LORA = {
     "moe.router_init_std": None,
     "router_learning_rate": None,
 }
+
+
+FROZEN = "logistic"  # the baseline that trains no encoder
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ SUITES: dict[str, Suite] = {
             "lora": Arm(
                 "one LoRA for all tasks",
                 {**PLAIN_LORA, "moe.lora_alpha": None},
-                choices=tuple({"learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)),
+                choices=tuple({"learning_rate": rate} for rate in (5e-4, 1e-3, 2e-3)),
                 fit_r="experts",
             ),
         },
@@ -79,20 +82,18 @@ def scored_tasks(config: Config, data: Data, split: str) -> dict[str, Scored]:
     return found
 
 
-def measure(suite: Suite, bench: Bench, seeds: list[int], resamples: int) -> dict[str, Any]:
-    """Train what is missing and compare; the object that ``--json`` prints."""
+def measure(
+    suite: Suite, bench: Bench, seeds: list[int], resamples: int, wanted: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Train what is missing and compare (all arms, or those wanted); the object that ``--json`` prints."""
     config = bench.load({})
     data = bench.data(config)
     tasks = scored_tasks(config, data, bench.split)
     predictions: dict[str, list[Mapping[str, Sequence[str]]]] = {}
     about: dict[str, Any] = {}
-    if suite.frozen:
-        from frozen import logistic
-
-        found = logistic(config, data, bench.split, bench.out / "embeddings")
-        predictions["logistic"] = [found.pop("predictions")]
-        about["logistic"] = {"title": "logistic regression, frozen encoder", **found}
     for name, arm in suite.arms.items():
+        if wanted is not None and name not in wanted:
+            continue
         settings = fitted(bench, suite.arms, name, data)
         sizes = trainable(bench, {**settings, **arm.choices[0]}, data)
         done = run_arm(bench, name, arm, settings, seeds)
@@ -106,6 +107,12 @@ def measure(suite: Suite, bench: Bench, seeds: list[int], resamples: int) -> dic
             "rows": done["runs"][0]["rows"],
             "steps": done["runs"][0]["steps"],
         }
+    if suite.frozen and (wanted is None or FROZEN in wanted):
+        from frozen import logistic
+
+        found = logistic(config, data, bench.split, bench.out / "embeddings")
+        predictions[FROZEN] = [found.pop("predictions")]
+        about[FROZEN] = {"title": "logistic regression, frozen encoder", **found}
     result = compare(tasks, predictions, resamples)
     for name, extra in about.items():
         result["arms"][name].update(extra)
@@ -167,18 +174,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--split", default="validation")
     parser.add_argument("--resamples", type=int, default=2000)
-    parser.add_argument("--arms", nargs="+", help="only these arms (with those they are sized by)")
+    parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     options, rest = parser.parse_known_args(arguments)
     suite = SUITES[options.suite]
+    known = [*suite.arms, *([FROZEN] if suite.frozen else [])]
+    for arm in options.arms or ():
+        if arm not in known:
+            parser.error(f"no arm {arm!r} in {options.suite}; there are {', '.join(known)}")
     pairs, unknown = split_overrides(rest)
     if unknown:
         parser.error(f"unexpected argument {unknown[0]!r}")
     common = {**suite.common, **dict(pairs)}
     bench = Bench(CONFIGS / suite.config, common, options.out / options.suite, options.split)
     with redirect_stdout(sys.stderr):  # the loop prints; standard output belongs to the result
-        result = measure(suite, bench, options.seeds, options.resamples)
+        result = measure(suite, bench, options.seeds, options.resamples, options.arms)
     print_table(result)
     if options.json:
         print(json.dumps(result, ensure_ascii=False))
