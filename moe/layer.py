@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.context import current
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class MoELinear(nn.Module):
@@ -45,20 +49,36 @@ class MoELinear(nn.Module):
 class SavedModule(nn.Module):
     """A module trained whole (PEFT's ``modules_to_save``): a trainable copy beside the frozen original.
 
-    The original serves when the adapter is disabled.
+    The original serves when the adapter is disabled. Beside an original in bf16 or fp16 the copy is kept in
+    fp32, computes in the original's dtype, and gets its gradients in fp32.
     """
 
     def __init__(self, original: nn.Module, name: str) -> None:
         super().__init__()
         self.original, self.name = original, name
         self.saved = copy.deepcopy(original)
+        if _floating(original) in HALVES:
+            self.saved.float()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        module = self.saved if current(self.name).enabled else self.original
-        return module(*args, **kwargs)
+        if not current(self.name).enabled:
+            return self.original(*args, **kwargs)
+        dtype = _floating(self.original)
+        if dtype is None or dtype == _floating(self.saved):
+            return self.saved(*args, **kwargs)
+        # Not functional_call with cast parameters: ZeRO-3 gathers them in the module's own hooks, later.
+        with torch.autocast(next(self.saved.parameters()).device.type, dtype):
+            out = self.saved(*args, **kwargs)
+        # What autocast leaves alone (an embedding, a norm) comes out in fp32.
+        return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, out)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("saved"), name)
+
+
+def _floating(module: nn.Module) -> torch.dtype | None:
+    """The dtype of a module's first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

@@ -69,6 +69,7 @@ def _optimisation(config: Config) -> Iterator[Rule]:
         yield key, config.optim != "adamw_torch", f"optim is {config.optim!r}"
     yield "warmup_ratio", config.warmup_steps is not None, "warmup_steps is set; give one of the two"
     trained = {group for phase in config.phases for group in phase.train}
+    yield "bf16", "base" in trained, "a phase trains the base, and what trains is kept in fp32"
     yield "base_learning_rate", "base" not in trained, "no phase trains the base"
     yield "router_learning_rate", not trained & {"router", "task_embedding"}, "no phase trains the router"
     yield (
