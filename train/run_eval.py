@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
     Raises:
         ConfigError, DataError, TaskError, StateError, CheckpointError: as :func:`score_run`.
     """
-    with redirect_stdout(sys.stderr):  # libraries print; stdout belongs to the result
+    with _stdout_is_stderr():
         ranks, found = score_run(run, overrides, split)
     if not ranks.is_main:
         return 0
@@ -43,6 +44,20 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
     else:
         _print_table(found)
     return 0
+
+
+@contextmanager
+def _stdout_is_stderr() -> Iterator[None]:
+    """What libraries print goes to stderr, whatever language they are written in: stdout is for the result."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def score_run(
