@@ -54,6 +54,8 @@ class Suite:
     common: Mapping[str, Any] = field(default_factory=dict)
 
 
+_INDUCTION_RATES = tuple({"learning_rate": rate} for rate in (2e-3, 5e-3))
+
 SUITES: dict[str, Suite] = {
     "tweeteval": Suite(
         config="tweeteval_minilm.yaml",
@@ -67,6 +69,27 @@ SUITES: dict[str, Suite] = {
             ),
         },
         frozen=True,
+    ),
+    "instruction_induction": Suite(
+        config="instruction_induction.yaml",
+        arms={
+            "experts": Arm("experts, a mixture per task", choices=_INDUCTION_RATES),
+            "lora": Arm(
+                "one LoRA for all tasks, as large as all experts",
+                {**PLAIN_LORA, "phases": [{"name": "joint", "train": ["base", "experts"]}]},
+                choices=_INDUCTION_RATES,
+                fit_r="experts",
+            ),
+            # As many parameters as the base, the experts and the router together.
+            "dense": Arm(
+                "a wider model without experts",
+                {
+                    "model.intermediate_size": 440,
+                    "phases": [{"name": "dense", "train": ["base"], "adapters": False}],
+                },
+                choices=_INDUCTION_RATES,
+            ),
+        },
     ),
 }
 
