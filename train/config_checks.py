@@ -119,7 +119,8 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
     for path, value, default in leaves(config):
         is_set = value != default if explicit is None else _was_set(path, explicit)
         reason = next((idle[p] for p in _prefixes(path) if p in idle), None)
-        if is_set and reason and value is not None:
+        # Off is no wish: it may stand where it has no effect.
+        if is_set and reason and value is not None and value is not False:
             raise check.fail(path, f"has no effect: {reason}; remove it, or add --{path} null")
     resolve_phases(config)
     if config.deepspeed is not None:

@@ -123,6 +123,7 @@ class Run:
         with mode:
             while self.step < phase.end:
                 norm, rate = self._step(phase)
+                self.tracker.advance(self.step)
                 last = self.step == self.config.max_steps
                 if self.step % every.logging_steps == 0 or last:
                     self._log(norm, rate)

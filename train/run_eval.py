@@ -48,7 +48,7 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
 
 @contextmanager
 def _stdout_is_stderr() -> Iterator[None]:
-    """What libraries print goes to stderr, whatever language they are written in: stdout is for the result."""
+    """What libraries print goes to stderr, from native code too: stdout is for the result."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

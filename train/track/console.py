@@ -62,6 +62,11 @@ class ConsoleView:
         else:
             self.line(f"step {step}/{self.total}  {status}")
 
+    def advance(self, step: int) -> None:
+        """Move the bar, if there is one, between two updates."""
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=step)
+
     def line(self, text: str) -> None:
         """Print a text, above the bar if there is one."""
         if self._progress is not None:

@@ -69,6 +69,11 @@ class Tracker:
             self._record(step, "train", flatten(metrics))
             self._console.update(step, metrics)
 
+    def advance(self, step: int) -> None:
+        """Move the progress bar; nothing is recorded."""
+        if self.speaks:
+            self._console.advance(step)
+
     def log_eval(self, step: int, results: Mapping[str, Any]) -> None:
         """Record an evaluation; nested results are joined with ``/``, ``eval/`` put in front if missing."""
         if not self.speaks:

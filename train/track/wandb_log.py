@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -69,7 +70,12 @@ class WandbLog:
             self._guarded("log", lambda: self._run.log({**numbers, AXIS: step}))
 
     def close(self, failed: bool = False) -> None:
-        self._guarded("finish", lambda: self._run.finish(exit_code=int(failed)))
+        run = self._run
+        self._guarded("finish", lambda: run.finish(exit_code=int(failed)))
+        if run is not None and self._run is None:
+            # A launcher that ends its ranks ends wandb's process too, and its exit hook would fail aloud.
+            with suppress(Exception):
+                _import_wandb().teardown()
         self._run = None
 
     def _guarded(self, what: str, call: Callable[[], None]) -> None:
@@ -80,7 +86,8 @@ class WandbLog:
         except Exception as error:  # whatever wandb raises: the training run is worth more than its curves
             self._run = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"warning: wandb could not {what} ({reason}); the run goes on without it")
+            goes_on = "what it had received is kept" if what == "finish" else "the run goes on without it"
+            self._say(f"warning: wandb could not {what} ({reason}); {goes_on}")
 
 
 def _import_wandb() -> ModuleType:

@@ -32,6 +32,7 @@ class FakeWandb:
     def __init__(self) -> None:
         self.runs: list[FakeRun] = []
         self.broken: set[str] = set()
+        self.torn_down = 0
 
     def Settings(self, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(**options)
@@ -44,6 +45,10 @@ class FakeWandb:
             setattr(run, name, self._fail)
         self.runs.append(run)
         return run
+
+    def teardown(self) -> None:
+        self.torn_down += 1
+        raise ConnectionResetError("Connection lost")  # as when its process is gone
 
     @staticmethod
     def _fail(*args: Any, **kwargs: Any) -> None:

@@ -24,6 +24,7 @@ def test_plain_lines_without_a_terminal() -> None:
     view = ConsoleView(100, stream=stream, clock=clock)
     clock.now += 20
     view.update(10, {"train/loss": 1.23456, "train/tokens_per_second": 12345.6})
+    view.advance(11)
     view.line("saved [checkpoint-10]")
     view.close()
     view.close()
@@ -46,11 +47,12 @@ def test_a_bar_on_a_terminal_and_lines_above_it(monkeypatch: pytest.MonkeyPatch)
     view = ConsoleView(100, stream=stream, clock=clock)
     clock.now += 5
     view.update(50, {"train/loss": 0.5, "train/tokens_per_second": 1000.0})
+    view.advance(52)  # between two logged steps
     view.line("saved [red]checkpoint-50[/red]")
     view.close()
     view.line("done")
     text = stream.getvalue()
-    assert "50/100" in text and "loss 0.5000  1,000 tokens/s  0:05 left" in text
+    assert "52/100" in text and "loss 0.5000  1,000 tokens/s  0:05 left" in text
     assert "saved [red]checkpoint-50[/red]" in text  # not markup
     assert text.endswith("done\n") and "\x1b[?25h" in text  # the cursor is back
 
