@@ -104,7 +104,10 @@ class Run:
                 if phase is not self.first:
                     self._leave()
                     self._enter(phase)
-                self._announce(phase)
+                if self.step < phase.end:
+                    self._announce(phase)
+                else:
+                    self.tracker.line(f"nothing left to train: the checkpoint is at step {self.step}; raise max_steps to go on")
                 if self._train(phase):
                     break
             if self.stop.exit_code:
