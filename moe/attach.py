@@ -123,8 +123,7 @@ def attach(
     numbers = {n: groups.index(routing_group(n, config.router_scope)) for n in names}
     replaced: dict[str, nn.Module] = {n: _moe_linear(n, m, config, numbers[n]) for n, m in targets.items()}
     replaced.update({n: SavedModule(model.get_submodule(n), n) for n in saved})
-    model.requires_grad_(False)  # nothing above changes the model: an error leaves it as it was
-    for name, module in replaced.items():
+    for name, module in replaced.items():  # the first change: an error above leaves the model as it was
         _replace(model, name, module)
     attached = TaskMoEModel(model, config, table, groups)
     attached.set_trainable(("experts", "router", "task_embedding", "heads", "saved"))

@@ -218,11 +218,10 @@ class _Bridge(torch.autograd.Function):
         ctx: Any, bridge: GateBridge | None, embeddings: Tensor, carrier: Tensor, sentinel: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.bridge = bridge  # a Python object: its leaves must not become inputs of this node
-        ctx.carrier_like = carrier.new_empty(()).expand(carrier.shape)
         return embeddings.clone(), carrier.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.bridge is None:
-            return None, grad_embeddings, torch.zeros_like(ctx.carrier_like), None
-        return None, grad_embeddings, torch.stack(ctx.bridge.take_gradients()), None
+        # The carrier between two bridges only orders them: its edge counts, its gradient is nothing.
+        gates = None if ctx.bridge is None else torch.stack(ctx.bridge.take_gradients())
+        return None, grad_embeddings, gates, None

@@ -126,7 +126,7 @@ class TaskMoEModel(nn.Module):
             context.bridge = GateBridge(values_STHk)
             rows: Sequence[Tensor] = context.bridge.leaves
         else:
-            rows = values_STHk.detach().unbind(0)
+            rows = values_STHk.unbind(0)
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
         context.gates = [Gate(v, None if slots is None else slots[i]) for i, v in enumerate(rows)]
         return context

@@ -156,6 +156,18 @@ def test_a_models_own_head_per_task(kind, heads, tiny, table, batch, shaken, clo
         setattr(model.base_model.get_submodule(parent), leaf, stacked)
 
 
+def test_the_mask_is_on_the_last_of_several_linears():
+    """Also where an earlier one happens to be as wide as there are labels."""
+    table = TaskTable()
+    table.add("eight", list("abcdefgh"))
+    table.add("two", ["a", "b"])
+    config = RobertaConfig(vocab_size=61, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=8, max_position_embeddings=32, num_labels=8)  # fmt: skip
+    model = attach(attach_heads(RobertaForSequenceClassification(config).eval(), table), CONFIG, table)
+    out = model(input_ids=torch.randint(4, 61, (2, 5)), task_ids=["eight", "two"]).logits
+    assert out.isfinite().sum(1).tolist() == [8, 2]
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama", "roberta"])
 def test_heads_train_whatever_tasks_the_batch_holds(kind, tiny, table, batch, shaken, gradients):
     model = shaken(attach(attach_heads(build(kind, tiny), table), CONFIG, table))

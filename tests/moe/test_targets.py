@@ -43,6 +43,7 @@ PATTERNS = {
     "t5": [
         {"target_modules": "all-linear"},
         {"target_modules": ["q", "v"]},
+        {"target_modules": ["o"]},
         {"target_modules": ["q", "wo"], "layers_to_transform": [1]},
         {"target_modules": r"decoder\..*EncDecAttention\.(k|v)"},
         {"target_modules": "all-linear", "exclude_modules": r"encoder\..*"},
