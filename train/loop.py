@@ -86,6 +86,7 @@ class Run:
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
         self.engine: Engine
         self.model: TaskMoEModel
+        self._moved = self._checked = False  # since the phase began: an update of the weights, the gradients
         self.first = phase_at(self.phases, self.step)
         self._enter(self.first)
         # Only now, when all that was given has proved usable, does anything change on the disk.
