@@ -54,7 +54,7 @@ class Suite:
     common: Mapping[str, Any] = field(default_factory=dict)
 
 
-_INDUCTION_RATES = tuple({"learning_rate": rate} for rate in (2e-3, 5e-3))
+_INDUCTION_RATES = tuple({"learning_rate": rate} for rate in (1e-3, 2e-3, 5e-3))
 
 SUITES: dict[str, Suite] = {
     "tweeteval": Suite(
