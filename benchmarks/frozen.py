@@ -27,7 +27,7 @@ from taskmoe.train.metrics import resolve
 from taskmoe.train.models import build_model
 from taskmoe.train.setup import Data
 
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # C, the inverse of the penalty
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # C, the inverse of the penalty; features are standardised
 
 
 def logistic(config: Config, data: Data, split: str, cache: Path) -> dict[str, Any]:
