@@ -1,9 +1,9 @@
 """From the sampler's stream of rows to the micro-batches of a step, the same for any number of ranks.
 
-One optimiser step takes ``G = per_device_train_batch_size * gradient_accumulation_steps * ranks`` rows of the stream.
-With ``data.group_by_length_window: W`` the rows of W steps are regrouped by length, then handed out in a seeded order:
-which rows meet in a step depends on the seed and on G alone. Inside a step rows are sorted by length, so that the
-micro-batches waste little padding.
+One optimiser step takes ``G = per_device_train_batch_size * gradient_accumulation_steps * ranks`` rows of the
+stream. With ``data.group_by_length_window: W`` the rows of W steps are regrouped by length, then handed out
+in a seeded order: which rows meet in a step depends on the seed and on G alone. Inside a step rows are sorted
+by length, so that the micro-batches waste little padding.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.data.bundle import TaskSplit
 from taskmoe.train.data.collator import Batch, Collator
-from taskmoe.train.mixing import MixtureSampler
+from taskmoe.train.distributed import Ranks
+from taskmoe.train.mixing import MixtureSampler, rates
+from taskmoe.train.schedule import Phase
 
 
 class StepBatches:
@@ -53,7 +56,7 @@ class StepBatches:
         """This rank's micro-batches of the next optimiser step.
 
         Args:
-            steps_left: steps until the mixture may change, this one included; a window does not reach past it.
+            steps_left: steps until the mixture may change, with this one; a window does not reach past it.
         """
         if self._done == self._size:
             self._open(min(self.window, steps_left))
@@ -87,3 +90,42 @@ class StepBatches:
         if state["size"]:
             self._open(int(state["size"]))
             self._done = int(state["done"])
+
+
+def rows_per_step(config: Config, ranks: Ranks) -> int:
+    """G, the rows of one optimiser step over all ranks."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world_size
+
+
+def build_batches(
+    config: Config,
+    ranks: Ranks,
+    phases: Sequence[Phase],
+    splits: Sequence[TaskSplit],
+    names: Sequence[str],
+    collate: Collator,
+) -> StepBatches:
+    """The batches of a run, at the rates of its first phase.
+
+    Raises:
+        ConfigError: the mixture of any phase cannot be used, for example because it names an unknown task.
+    """
+    sizes = [len(s.tokens) for s in splits]
+    shares = []
+    for i, phase in enumerate(phases):
+        try:
+            shares.append(rates(phase.mixing, sizes, names, phase.steps * rows_per_step(config, ranks)))
+        except ConfigError as error:
+            where = f"phases.{i}." if config.phases[i].mixing is not None else ""
+            raise ConfigError(f"{where}{error}") from error
+    return StepBatches(
+        splits,
+        MixtureSampler(sizes, shares[0], config.seed),
+        collate,
+        config.per_device_train_batch_size,
+        config.gradient_accumulation_steps,
+        ranks.rank,
+        ranks.world_size,
+        config.data.group_by_length_window,
+        config.seed,
+    )

@@ -49,7 +49,7 @@ class DatasetConfig:
     validation_split: str | None = None
     test_path: str | None = None
     test_split: str | None = None
-    format: str = "auto"  # text_label | input_output | instruction | prompt_completion | messages | conversations
+    format: str = "auto"  # text_label, input_output, instruction, prompt_completion, messages, conversations
     template: str | None = None  # Jinja, placeholders are the row's columns and task, its name
     weight: float | None = None  # sampling share (mixing.strategy: explicit)
     group: str | None = None
@@ -109,7 +109,7 @@ class EvaluationConfig:
     """What is measured, and on how much."""
 
     metrics: dict[str, str] | None = None  # {task name pattern: metric}; first match wins
-    groups: dict[str, str] | None = None  # {group: task name pattern}: the score averages a group's tasks first
+    groups: dict[str, str] | None = None  # {group: task name pattern}: the score averages these first
     max_rows: int | None = None  # per task, during training
     max_new_tokens: int = 32
     num_beams: int = 1

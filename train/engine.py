@@ -1,8 +1,8 @@
 """The DeepSpeed engine of one phase: optimiser groups, our own accumulation, the state of the optimiser.
 
-DeepSpeed sees one backward pass a step: micro-batches accumulate inside ``accumulate()``, and one reduction follows
-when it closes. The loss handed in is a share of the step's loss (see ``objectives``): shares add up over micro-batches
-and ranks, and because DeepSpeed averages over ranks, each is multiplied by their number.
+DeepSpeed sees one backward pass a step: micro-batches accumulate inside ``accumulate()``, and one reduction
+follows when it closes. The loss handed in is a share of the step's loss (see ``objectives``): shares add up
+over micro-batches and ranks, and because DeepSpeed averages over ranks, each is multiplied by their number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class TrainingError(RuntimeError):
     """Training cannot go on: the message says what was found and where."""
 
 
-def build_optimizer(config: Config, groups: Mapping[str, list[tuple[str, torch.nn.Parameter]]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Config, groups: Mapping[str, list[tuple[str, torch.nn.Parameter]]]
+) -> torch.optim.Optimizer:
     """One optimiser group a kind of parameter; no weight decay on routers and task embeddings.
 
     Raises:
@@ -39,7 +41,9 @@ def build_optimizer(config: Config, groups: Mapping[str, list[tuple[str, torch.n
     for name, parameters in groups.items():
         if parameters:
             decay = 0.0 if name in ("router", "task_embedding") else config.weight_decay
-            built.append({"params": [p for _, p in parameters], "name": name, "weight_decay": decay, "lr": 0.0})
+            built.append(
+                {"params": [p for _, p in parameters], "name": name, "weight_decay": decay, "lr": 0.0}
+            )
     if not built:
         raise ConfigError("phases.train: nothing trains in this phase; name a group that the model has")
     if config.optim == "sgd":
@@ -99,7 +103,9 @@ class Engine:
             if gradient is None:
                 raise TrainingError(f"{name} trains but got no gradient; it is not part of the forward pass")
             if not torch.isfinite(gradient).all():
-                raise TrainingError(f"{name}: its gradient is not finite; lower the learning rate or check the data")
+                raise TrainingError(
+                    f"{name}: its gradient is not finite; lower the learning rate or check the data"
+                )
             if not gradient.any():
                 zero.append(name)
         return zero
@@ -133,10 +139,13 @@ class Engine:
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{folder}: the optimiser cannot be resumed ({reason}); use as many ranks and the ZeRO stage that wrote it"
+                f"{folder}: the optimiser cannot be resumed ({reason}); "
+                "use as many ranks and the ZeRO stage that wrote it"
             ) from error
         if path is None:
-            raise CheckpointError(f"{folder}: holds no optimiser state of {self.world_size} ranks and ZeRO {self.stage}")
+            raise CheckpointError(
+                f"{folder}: holds no optimiser state of {self.world_size} ranks and ZeRO {self.stage}"
+            )
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""

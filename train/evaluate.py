@@ -112,6 +112,15 @@ def evaluate(
     return found
 
 
+def evaluate_controls(model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
+    """:func:`evaluate` with the experts disabled, and with every gate 1 / E: {arm: results}."""
+    arms = {}
+    for name, mode in (("disabled", model.disable_adapter), ("uniform", model.uniform_gates)):
+        with mode():
+            arms[name] = evaluate(model, *args, **kwargs)
+    return arms
+
+
 def _summary(config: Config, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Means: of each metric over its tasks, of each group over its tasks, and the score over the groups."""
     macro: dict[str, list[float]] = defaultdict(list)

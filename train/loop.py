@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,35 @@ from torch import Tensor
 from taskmoe.moe import TaskError, TaskMoEModel, TaskTable
 from taskmoe.moe.state import load_adapter, save_adapter
 from taskmoe.train import checkpoint, run_folder
-from taskmoe.train.batches import StepBatches
+from taskmoe.train.batches import build_batches, rows_per_step
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
-from taskmoe.train.evaluate import evaluate, primary_metrics
+from taskmoe.train.evaluate import evaluate, evaluate_controls, primary_metrics
 from taskmoe.train.meter import Meter
-from taskmoe.train.mixing import MixtureSampler, excess, expected_epochs, rates
+from taskmoe.train.mixing import excess, rates
 from taskmoe.train.objectives import Counts, count, model_inputs, step_loss
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
-from taskmoe.train.setup import base_state, build_data, build_moe, load_base, load_base_state, save_base
+from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.signals import StopRequest
-from taskmoe.train.summary import controls_table, epochs_table
+from taskmoe.train.summary import controls_table, phase_lines
 from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
+from taskmoe.train.weights import (
+    all_weights,
+    base_state,
+    load_all_weights,
+    load_base,
+    refresh_saved_modules,
+    save_base,
+)
 
 
 def train(config: Config) -> int:
     """Train as ``config`` says, on however many ranks there are. Returns the exit code.
 
     Raises:
-        ConfigError, DataError, TaskError, StateError, CheckpointError: something the user gave cannot be used.
+        ConfigError, DataError, TaskError, StateError, CheckpointError: something given cannot be used.
         TrainingError: a loss or gradient that is not finite, or a tensor that does not train.
     """
     ranks = init(config)
@@ -62,14 +70,14 @@ class Run:
             if ranks.is_main:
                 run_folder.check(config, self.resumed)
             known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
-        self.data = build_data(
-            config, ranks, ("train", config.eval_split), known, self.resumed.parent / "tokenizer" if self.resumed else None,
-            print if ranks.is_main else (lambda line: None),
-        )  # fmt: skip
+        tokenizer = self.resumed.parent / "tokenizer" if self.resumed else None
+        say = print if ranks.is_main else (lambda line: None)
+        self.data = build_data(config, ranks, ("train", config.eval_split), known, tokenizer, say)
         bundle = self.data.bundle
         self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
         self.added = self.tasks.names[len(known) :] if known is not None else []  # tasks the checkpoint lacks
         self.sizes = [len(s.tokens) for s in self.splits]
+        self.rows_per_step = rows_per_step(config, ranks)
         self.meter = Meter(self.tasks, self.sizes)
         self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
         with as_one():
@@ -78,10 +86,14 @@ class Run:
                     self.weights_T[self.tasks.id(name)] = weight
             except TaskError as error:
                 raise ConfigError(f"task_weights: {error}") from error
-            primary_metrics(config, self.tasks)  # an unknown metric stops the run here, not after its training
-            self.batches = self._build_batches()
+            primary_metrics(config, self.tasks)  # a typo is found now, not after the training
+            self.batches = build_batches(
+                config, ranks, self.phases, self.splits, self.tasks.names, self.data.collator
+            )
             if self.state:
-                self._restore_counts()
+                run_folder.check_same_shape(self.state, ranks.world_size, self.rows_per_step)
+                self.meter.load_state_dict(self.state["meter"], ranks.is_main)
+                self.batches.load_state_dict(self.state["batches"])
         self._logged_at = time.monotonic()
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
         self.engine: Engine
@@ -95,7 +107,7 @@ class Run:
                 run_folder.prepare(config, self.tasks, self.data.tokenizer, self.resumed)
         self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
 
-    # -- the run --------------------------------------------------------------------------------------------------
+    # -- the run ---------------------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Phase after phase, to the end, an early stop, or a signal."""
@@ -108,7 +120,7 @@ class Run:
                 if self.step < phase.end:
                     self._announce(phase)
                 else:
-                    self.tracker.line(f"nothing left to train: the checkpoint is at step {self.step}; raise max_steps to go on")
+                    self.tracker.line(f"nothing left after step {self.step}; raise max_steps to go on")
                 if self._train(phase):
                     break
             if self.stop.exit_code:
@@ -147,7 +159,9 @@ class Run:
                     )
                     return True
                 if patience_over:
-                    self.tracker.line(f"stopped early: no better {every.metric_for_best_model} since step {self.best_step}")
+                    assert self.best is not None
+                    what, when = every.metric_for_best_model, self.best["step"]
+                    self.tracker.line(f"stopped early: no better {what} since step {when}")
                     return True
         return False
 
@@ -180,26 +194,26 @@ class Run:
         self.step += 1
         return norm, rate
 
-    # -- phases ---------------------------------------------------------------------------------------------------
+    # -- phases ----------------------------------------------------------------------------------------------
 
     def _enter(self, phase: Phase) -> None:
-        """Build the model and the engine of a phase; weights come from the phase before, or from the checkpoint."""
-        rng = checkpoint.rng_state() if self.step > 0 and self.carried is not None else None
-        inside = self.resumed is not None and self.step > phase.start
+        """Build model and engine of a phase; weights come from the phase before or the checkpoint."""
+        rng = checkpoint.rng_state() if self.carried is not None else None
         with as_one():
             self.model = build_moe(self.config, self.data.tokenizer, self.tasks, self.ranks)
             if self.carried is not None:
-                self._load_carried()
+                load_all_weights(self.model, self.carried)
             elif self.resumed is not None:
                 load_base(self.model, self.resumed)
                 load_adapter(self.model, self.resumed)
+            if phase.index and self.step == phase.start and not self.phases[phase.index - 1].adapters:
+                refresh_saved_modules(self.model)
         self.engine = Engine(self.model, self.config, phase, self.ranks)
-        if self.carried is None and inside and not self.added:
-            assert self.resumed is not None
-            self.engine.load(self.resumed / "deepspeed")
         if rng is not None:
             checkpoint.set_rng_state(rng)
-        elif self.resumed is not None and self.carried is None:
+        elif self.resumed is not None:
+            if self.step > phase.start and not self.added:
+                self.engine.load(self.resumed / "deepspeed")
             checkpoint.load_rng(self.resumed, self.ranks)
         else:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
@@ -209,46 +223,30 @@ class Run:
     def _leave(self) -> None:
         """Take all weights along and give the engine back."""
         with self.engine.gathered(dict(self.model.named_parameters())):
-            state = base_state(self.model)
-            state.update({n: t.clone() for n, t in self.model.adapter_state_dict().items()})
-            self.carried = {n: t.clone() for n, t in state.items()}
+            self.carried = all_weights(self.model)
         self.engine.close()
-
-    def _load_carried(self) -> None:
-        assert self.carried is not None
-        adapters = {n: p for g, ps in self.model.parameter_groups().items() if g != "base" for n, p in ps}
-        load_base_state(self.model, {n: t for n, t in self.carried.items() if n not in adapters}, "the last phase")
-        with torch.no_grad():
-            for name, parameter in adapters.items():
-                parameter.copy_(self.carried[name])
 
     def _announce(self, phase: Phase) -> None:
         """Set the mixture of a phase and say what will happen."""
-        budget = phase.steps * self._rows_per_step
-        sampler = self.batches.sampler
+        sampler, names = self.batches.sampler, self.tasks.names
+        budget = phase.steps * self.rows_per_step
+        beyond = 0
         if self.step == phase.start or self.added:
-            sampler.set_rates(rates(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn))
-        too_many = excess(phase.mixing, self.sizes, self.tasks.names, budget, sampler.drawn)
-        say = self.tracker.line
-        say(f"phase {phase.name}: steps {self.step} to {phase.end}, {self._rows_per_step} rows a step, "
-            f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}")  # fmt: skip
+            beyond = excess(phase.mixing, self.sizes, names, budget, sampler.drawn)
+            sampler.set_rates(rates(phase.mixing, self.sizes, names, budget, sampler.drawn))
+        self.tracker.line(
+            f"phase {phase.name}: steps {self.step} to {phase.end}, {self.rows_per_step} rows a step, "
+            f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}"
+        )
         if self.added and phase is self.first:
-            say(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
-        groups = self.model.trainable_groups()
-        sizes = {g: sum(getattr(p, "ds_numel", p.numel()) for _, p in ps) for g, ps in groups.items() if ps}
-        say("trains " + ", ".join(f"{g} {n:,} in {len(groups[g])} tensors" for g, n in sizes.items()))
-        if self.model.not_run:
-            say(f"no experts on {', '.join(self.model.not_run)}: a forward pass never runs them")
-        epochs = expected_epochs(sampler.rates, self.sizes, budget)
-        for line in epochs_table(self.tasks, self.sizes, sampler.rates, epochs):
-            say(line)
-        if too_many and self.step == phase.start:
-            say(f"mixing.max_epochs: {phase.mixing.max_epochs} allows {budget - too_many} of the {budget} rows of this "
-                "phase; all tasks repeat more often")  # fmt: skip
-        if self.ranks.is_main and not (self.folder / "trainable.txt").exists():
-            (self.folder / "trainable.txt").write_text("\n".join(self.model.trainable_names()) + "\n")
+            self.tracker.line(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
+        for line in phase_lines(phase, self.model, self.sizes, sampler.rates, budget, beyond):
+            self.tracker.line(line)
+        if self.ranks.is_main:
+            listed = "".join(f"{name}\n" for name in self.model.trainable_names())
+            (self.folder / "trainable.txt").write_text(listed, encoding="utf-8")
 
-    # -- following along -----------------------------------------------------------------------------------------
+    # -- following along -------------------------------------------------------------------------------------
 
     def _log(self, norm: float | None, rate: dict[str, float]) -> None:
         tokens, now = self.meter.tokens, time.monotonic()
@@ -261,17 +259,20 @@ class Run:
         self.tracker.log_train(self.step, metrics)
         bad = [k.rpartition("/")[2] for k, v in metrics.items() if k.startswith("train/loss/") and v != v]
         if bad:
-            raise TrainingError(f"step {self.step}: the loss of {', '.join(bad)} is not a number; lower the learning rate")
+            raise TrainingError(
+                f"step {self.step}: the loss of {', '.join(bad)} is not a number; lower the learning rate"
+            )
 
     def _check_gradients(self) -> None:
-        """Does everything train? Asked once a phase, after the first update that moved the weights: while B is zero
-        the gradients of A and of the gates are zero as they must be."""
+        """Does everything train? Asked once a phase, after the first update that moved the weights: while B
+        is zero the gradients of A and of the gates are zero as they must be."""
         self._checked = True
         zero = self.engine.gradient_report()
         if zero:
+            shown = ", ".join(zero[:8]) + (" ..." if len(zero) > 8 else "")
             self.tracker.line(
-                f"{len(zero)} trainable tensor(s) have a zero gradient at step {self.step + 1} (never routed, or not "
-                f"reached by the loss): {', '.join(zero[:8])}{' ...' if len(zero) > 8 else ''}"
+                f"{len(zero)} trainable tensor(s) have a zero gradient at step {self.step + 1} "
+                f"(never routed, or not reached by the loss): {shown}"
             )
 
     def _evaluate(self) -> tuple[bool, bool]:
@@ -279,46 +280,39 @@ class Run:
         splits = self.data.bundle.splits[self.config.eval_split]
         if not any(len(s.tokens) for s in splits):
             return False, False
-        results = evaluate(self.model, splits, self.data.tokenizer, self.config, self.data.collator, self.ranks)
-        self.evaluated = results
-        self.tracker.log_eval(self.step, {**{s.slug: results["tasks"][s.name] for s in self.tasks if s.name in results["tasks"]},
-                                          "macro": results["macro"], "score": results["score"]})  # fmt: skip
-        loss = self.config.metric_for_best_model == "loss"
-        value = -results["macro"]["loss"] if loss else results["score"]
+        self.evaluated = results = evaluate(self.model, *self._evaluation())
+        tasks = {t.slug: results["tasks"][t.name] for t in self.tasks if t.name in results["tasks"]}
+        shown = {**tasks, "macro": results["macro"], "score": results["score"]}
+        self.tracker.log_eval(self.step, shown)
+        by_loss = self.config.metric_for_best_model == "loss"
+        value = -results["macro"]["loss"] if by_loss else results["score"]
         improved = self.best is None or value > self.best["value"]
-        if improved:
+        if self.best is None or improved:
             self.best = {"step": self.step, "value": value, "waited": 0}
         else:
-            assert self.best is not None
             self.best = {**self.best, "waited": self.best["waited"] + 1}
         patience = self.config.early_stopping_patience
         return improved, patience is not None and self.best["waited"] >= patience
 
-    @property
-    def best_step(self) -> int | None:
-        return self.best["step"] if self.best else None
+    def _evaluation(self) -> tuple[Any, ...]:
+        data, config = self.data, self.config
+        return data.bundle.splits[config.eval_split], data.tokenizer, config, data.collator, self.ranks
 
     def _finish(self) -> None:
         """The last words: a table per task, and where everything is."""
-        if self.evaluated is None:
-            return self.tracker.line(f"run folder: {self.folder}")
-        arms = {"experts": self.evaluated}
-        if self.config.evaluation.controls:
-            for name, mode in (("disabled", self.model.disable_adapter), ("uniform", self.model.uniform_gates)):
-                with mode():
-                    arms[name] = evaluate(
-                        self.model, self.data.bundle.splits[self.config.eval_split], self.data.tokenizer, self.config,
-                        self.data.collator, self.ranks,
-                    )  # fmt: skip
-        if self.ranks.is_main:
-            text = json.dumps({"step": self.step, "best": self.best, **arms}, indent=1, ensure_ascii=False)
-            (self.folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
-        for line in controls_table(self.tasks, arms, self.meter.epochs()):
-            self.tracker.line(line)
+        if self.evaluated is not None:
+            arms = {"experts": self.evaluated}
+            if self.config.evaluation.controls:
+                arms.update(evaluate_controls(self.model, *self._evaluation()))
+            if self.ranks.is_main:
+                found = {"step": self.step, "best": self.best, **arms}
+                text = json.dumps(found, indent=1, ensure_ascii=False)
+                (self.folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
+            for line in controls_table(self.tasks, arms, self.meter.epochs()):
+                self.tracker.line(line)
         self.tracker.line(f"run folder: {self.folder}")
-        return None
 
-    # -- saving and resuming -------------------------------------------------------------------------------------
+    # -- saving and resuming ---------------------------------------------------------------------------------
 
     def _path(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -328,20 +322,21 @@ class Run:
             return
         state = {
             "step": self.step,
-            "rows_per_step": self._rows_per_step,
+            "rows_per_step": self.rows_per_step,
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
             "best": self.best,
             "tracker": self.tracker.state_dict(),
         }
         keep = {self.best["step"]} if self.best else set()
-        checkpoint.save(self.folder, self.step, self._write, state, self.config.save_total_limit, keep, self.ranks)
+        checkpoint.save(
+            self.folder, self.step, self._write, state, self.config.save_total_limit, keep, self.ranks
+        )
         self.saved_step = self.step
 
     def _write(self, folder: Path) -> None:
         """This rank's part of a checkpoint."""
-        with ExitStack() as stack:
-            stack.enter_context(self.engine.gathered())
+        with self.engine.gathered():
             if self.ranks.is_main:
                 save_adapter(self.model, folder)
         if self.config.model is not None or any("base" in p.train for p in self.phases):
@@ -353,35 +348,3 @@ class Run:
     def _checkpoint_to_resume(self) -> Path | None:
         wanted = self.config.resume_from_checkpoint
         return None if wanted is None else checkpoint.find_together(self.folder, wanted, self.ranks)
-
-    @property
-    def _rows_per_step(self) -> int:
-        c = self.config
-        return c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks.world_size
-
-    def _build_batches(self) -> StepBatches:
-        c = self.config
-        shares = []
-        for i, phase in enumerate(self.phases):  # all: a task that a later mixture misspells is found now
-            try:
-                shares.append(rates(phase.mixing, self.sizes, self.tasks.names, phase.steps * self._rows_per_step))
-            except ConfigError as error:
-                raise ConfigError(f"phases.{i}.{error}" if c.phases[i].mixing is not None else str(error)) from error
-        return StepBatches(
-            self.splits, MixtureSampler(self.sizes, shares[0], c.seed), self.data.collator, c.per_device_train_batch_size,
-            c.gradient_accumulation_steps, self.ranks.rank, self.ranks.world_size, c.data.group_by_length_window, c.seed,
-        )  # fmt: skip
-
-    def _restore_counts(self) -> None:
-        if self.state["world_size"] != self.ranks.world_size:
-            raise ConfigError(
-                f"resume: the checkpoint was written by {self.state['world_size']} rank(s), this run has "
-                f"{self.ranks.world_size}; each rank goes on with its own part of the optimiser: start as many"
-            )
-        if self.state["rows_per_step"] != self._rows_per_step:
-            raise ConfigError(
-                f"resume: the checkpoint took {self.state['rows_per_step']} rows a step, these settings "
-                f"{self._rows_per_step}; keep ranks x per_device_train_batch_size x gradient_accumulation_steps"
-            )
-        self.meter.load_state_dict(self.state["meter"], self.ranks.is_main)
-        self.batches.load_state_dict(self.state["batches"])

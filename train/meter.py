@@ -23,7 +23,10 @@ class Meter:
         """sizes: training rows of each task."""
         self.tasks, self.sizes = tasks, list(sizes)
         zeros = torch.zeros(len(tasks), dtype=torch.float64)
-        self.loss_T, self.tokens_T = zeros.clone(), zeros.clone()  # since the last read; loss of this rank alone
+        self.loss_T, self.tokens_T = (
+            zeros.clone(),
+            zeros.clone(),
+        )  # since the last read; loss: this rank's
         self.all_tokens_T, self.all_samples_T = zeros.clone(), zeros.clone()  # since the start, all ranks
 
     def add(self, loss_T: Tensor) -> None:
@@ -46,7 +49,7 @@ class Meter:
         return [float(n) / max(1, size) for n, size in zip(self.all_samples_T, self.sizes, strict=True)]
 
     def read(self) -> dict[str, Any]:
-        """Metrics of the steps since the last read, reduced over ranks (a collective); starts the next sums."""
+        """Metrics of the steps since the last read, reduced over ranks (a collective); new sums begin."""
         loss_T = all_sum(self.loss_T)
         metrics: dict[str, Any] = {"train/loss": float(loss_T.sum() / self.tokens_T.sum().clamp(min=1))}
         epochs = self.epochs()
@@ -60,7 +63,7 @@ class Meter:
         return metrics
 
     def state_dict(self) -> dict[str, list[float]]:
-        """JSON-able; the loss is summed over ranks (a collective), as a resumed run may number them otherwise."""
+        """JSON-able; a collective: the loss is summed over ranks, which may be numbered otherwise later."""
         return {
             "loss": all_sum(self.loss_T).tolist(),
             "tokens": self.tokens_T.tolist(),

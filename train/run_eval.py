@@ -21,7 +21,8 @@ from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks, init, shutdown
 from taskmoe.train.evaluate import evaluate
-from taskmoe.train.setup import build_data, build_moe, load_base
+from taskmoe.train.setup import build_data, build_moe
+from taskmoe.train.weights import load_base
 
 TASKS = "task_map.json"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,6 +71,24 @@ def prepare(
         tokenizer.save_pretrained(folder / TOKENIZER)
     except OSError as error:
         raise ConfigError(f"output_dir: {folder} cannot be written ({error.strerror or error})") from error
+
+
+def check_same_shape(state: Mapping[str, Any], world_size: int, rows_per_step: int) -> None:
+    """Whether a run can go on from ``trainer_state.json`` with these numbers of ranks and rows.
+
+    Raises:
+        ConfigError: it cannot; names both numbers.
+    """
+    if state["world_size"] != world_size:
+        raise ConfigError(
+            f"resume: the checkpoint was written by {state['world_size']} rank(s), this run has "
+            f"{world_size}; each rank goes on with its own part of the optimiser: start as many"
+        )
+    if state["rows_per_step"] != rows_per_step:
+        raise ConfigError(
+            f"resume: the checkpoint took {state['rows_per_step']} rows a step, these settings "
+            f"{rows_per_step}; keep ranks x per_device_train_batch_size x gradient_accumulation_steps"
+        )
 
 
 def _holds_run(folder: Path) -> bool:

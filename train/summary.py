@@ -1,4 +1,4 @@
-"""The two tables a run prints: what the mixture means, and how each task ended."""
+"""What a run prints: what a phase will do and what its mixture means, and how each task ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.train.mixing import expected_epochs
+from taskmoe.train.schedule import Phase
 
 
 def _lines(table: Table) -> list[str]:
@@ -37,8 +39,10 @@ def epochs_table(
     return lines if len(tasks) <= most else [*lines, f"... and {len(tasks) - most} more tasks"]
 
 
-def controls_table(tasks: TaskTable, arms: Mapping[str, Mapping[str, Any]], epochs: Sequence[float]) -> list[str]:
-    """Lines of a table: the primary metric of each task for each arm (experts, disabled, uniform), and the score.
+def controls_table(
+    tasks: TaskTable, arms: Mapping[str, Mapping[str, Any]], epochs: Sequence[float]
+) -> list[str]:
+    """Lines of a table: each task's own metric for each arm (experts, disabled, uniform), and the score.
 
     Args:
         arms: {arm: result of ``evaluate``}.
@@ -54,3 +58,34 @@ def controls_table(tasks: TaskTable, arms: Mapping[str, Mapping[str, Any]], epoc
     table.add_section()
     table.add_row("score", "", *[f"{arm['score']:.3f}" for arm in arms.values()], "")
     return _lines(table)
+
+
+def trained_line(model: TaskMoEModel) -> str:
+    """What trains, in numbers; the exact list is ``trainable.txt`` in the run folder."""
+    groups = {g: ps for g, ps in model.trainable_groups().items() if ps}
+    sizes = {g: sum(getattr(p, "ds_numel", p.numel()) for _, p in ps) for g, ps in groups.items()}
+    parts = (
+        f"{g} {n:,} in {len(groups[g])} tensor{'s' if len(groups[g]) > 1 else ''}" for g, n in sizes.items()
+    )
+    return f"trains {', '.join(parts)} (listed in trainable.txt)"
+
+
+def phase_lines(
+    phase: Phase, model: TaskMoEModel, sizes: Sequence[int], shares: Sequence[float], budget: int, beyond: int
+) -> list[str]:
+    """What a phase will do: what trains, on which mixture.
+
+    Args:
+        sizes, shares: rows and share of the mixture of each task.
+        budget: rows of the phase; beyond: how many of them UniMax's bound on repeats does not allow.
+    """
+    lines = [trained_line(model)]
+    if model.not_run:
+        lines.append(f"no experts on {', '.join(model.not_run)}: a forward pass never runs them")
+    lines += epochs_table(model.tasks, sizes, shares, expected_epochs(shares, sizes, budget))
+    if beyond:
+        lines.append(
+            f"mixing.max_epochs: {phase.mixing.max_epochs} allows {budget - beyond} of the {budget} rows of "
+            "this phase; all tasks repeat more often"
+        )
+    return lines

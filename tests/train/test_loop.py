@@ -1,4 +1,4 @@
-"""The loop: ranks and ZeRO stages agree, resumed equals uninterrupted, phases, stopping, what lies in a run folder."""
+"""The loop: ranks and ZeRO stages agree, resumed equals uninterrupted, phases, stopping, the run folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,36 @@ import torch
 from safetensors.torch import load_file
 
 from taskmoe.moe import ConfigError, TaskError, TaskMoEConfig
-from taskmoe.train.config import Config, DataConfig, MixingConfig, PhaseConfig, SkillGymConfig, TokenizerConfig
+from taskmoe.train.config import (
+    Config,
+    DataConfig,
+    MixingConfig,
+    PhaseConfig,
+    SkillGymConfig,
+    TokenizerConfig,
+)
 from taskmoe.train.data.errors import DataError
 from taskmoe.train.loop import train
 from taskmoe.train.track.log import read_log
 
-GYM = SkillGymConfig(num_tasks=4, num_skills=4, train_rows=64, validation_rows=6, test_rows=4, min_string_length=2,
-                     max_string_length=4, alphabet_size=8)  # fmt: skip
-LLAMA = {"type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 2}  # fmt: skip
+GYM = SkillGymConfig(
+    num_tasks=4,
+    num_skills=4,
+    train_rows=64,
+    validation_rows=6,
+    test_rows=4,
+    min_string_length=2,
+    max_string_length=4,
+    alphabet_size=8,
+)
+LLAMA = {
+    "type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 BASE = Config(
     model=LLAMA,
     tokenizer=TokenizerConfig(kind="wordlevel", vocab_size=32),
@@ -70,12 +91,17 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize(("optim", "bound"), [("adamw_torch", 1e-5), ("sgd", 1e-6)])
 def test_ranks_and_zero_stages_reach_the_same_weights(spawn_ranks, tmp_path, optim, bound):
-    base = replace(BASE, optim=optim, learning_rate=1e-3 if optim == "adamw_torch" else 1e-1,
-                   router_learning_rate=1e-3 if optim == "adamw_torch" else 1e-1)  # fmt: skip
+    base = replace(
+        BASE,
+        optim=optim,
+        learning_rate=1e-3 if optim == "adamw_torch" else 1e-1,
+        router_learning_rate=1e-3 if optim == "adamw_torch" else 1e-1,
+    )
     single = replace(base, output_dir=str(tmp_path / "one"), gradient_accumulation_steps=4)
     assert train(single) == 0
     pair = [
-        replace(base, output_dir=str(tmp_path / f"zero{z}"), deepspeed=configs_for(tmp_path, z)) for z in range(4)
+        replace(base, output_dir=str(tmp_path / f"zero{z}"), deepspeed=configs_for(tmp_path, z))
+        for z in range(4)
     ]
     assert spawn_ranks(run_all, configs=pair, timeout_s=240) == [[0] * 4] * 2
     expected = weights(tmp_path / "one")
@@ -93,11 +119,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
     # Dropout draws from the random state, length groups and phases from the sampler's: all must come back.
     data = replace(BASE.data, group_by_length_window=4)
     whole = replace(
-        BASE, data=data, moe=replace(BASE.moe, lora_dropout=0.2), output_dir=str(tmp_path / "whole"),
-        phases=(PhaseConfig(name="base", steps=6, train=("base",), adapters=False),
-                PhaseConfig(name="experts", train=("experts", "router", "task_embedding"))),
-        save_steps=5, eval_steps=10,
-    )  # fmt: skip
+        BASE,
+        data=data,
+        moe=replace(BASE.moe, lora_dropout=0.2),
+        output_dir=str(tmp_path / "whole"),
+        phases=(
+            PhaseConfig(name="base", steps=6, train=("base",), adapters=False),
+            PhaseConfig(name="experts", train=("experts", "router", "task_embedding")),
+        ),
+        save_steps=5,
+        eval_steps=10,
+    )
     assert train(whole) == 0
     for stop in (5, 10):
         half = tmp_path / f"half-{stop}"
@@ -136,10 +168,18 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, monkeypatch):
 
 
 def test_phases_train_what_they_say(tmp_path):
-    phases = (PhaseConfig(name="base", steps=4, train=("base",), adapters=False),
-              PhaseConfig(name="experts", train=("experts", "router")))  # fmt: skip
-    config = replace(BASE, output_dir=str(tmp_path / "run"), phases=phases, max_steps=8, save_steps=2,
-                     moe=replace(BASE.moe, router="task_table"))  # fmt: skip
+    phases = (
+        PhaseConfig(name="base", steps=4, train=("base",), adapters=False),
+        PhaseConfig(name="experts", train=("experts", "router")),
+    )
+    config = replace(
+        BASE,
+        output_dir=str(tmp_path / "run"),
+        phases=phases,
+        max_steps=8,
+        save_steps=2,
+        moe=replace(BASE.moe, router="task_table"),
+    )
     assert train(config) == 0
     at = {n: weights(tmp_path / "run", n) for n in (2, 4, 6, 8)}
     for name in at[2]:
@@ -150,15 +190,48 @@ def test_phases_train_what_they_say(tmp_path):
         assert moved == ([False, True, True] if adapter else [True, False, False]), name
 
 
+def test_saved_modules_start_from_a_base_that_was_trained_without_adapters(tmp_path):
+    phases = (
+        PhaseConfig(name="base", steps=3, train=("base",), adapters=False),
+        PhaseConfig(name="rest", train=("experts", "router", "task_embedding", "saved")),
+    )
+    moe = replace(BASE.moe, modules_to_save=("norm",))
+    config = replace(
+        BASE, output_dir=str(tmp_path / "run"), phases=phases, max_steps=4, moe=moe, save_steps=3
+    )
+    assert train(replace(config, learning_rate=1e-2)) == 0
+    before, after = weights(tmp_path / "run", 3), weights(tmp_path / "run", 4)
+    name = "base_model.model.norm.saved.weight"
+    trained = before["base_model.model.norm.original.weight"]
+    assert torch.equal(trained, after["base_model.model.norm.original.weight"])
+    assert not torch.equal(trained, torch.ones_like(trained))
+    assert torch.equal(before[name], torch.ones_like(trained))  # not in use yet
+    assert (after[name] - trained).abs().max() <= 1.1e-2  # one Adam step away from the trained original
+
+
 def test_run_folder_and_early_stopping(tmp_path):
     config = replace(
-        BASE, output_dir=str(tmp_path / "run"), eval_steps=2, save_steps=None, early_stopping_patience=1, learning_rate=1e-9,
-        router_learning_rate=1e-9, phases=(PhaseConfig(train=("experts", "router")),), moe=TaskMoEConfig(r=1, num_experts=2),
-    )  # fmt: skip
+        BASE,
+        output_dir=str(tmp_path / "run"),
+        eval_steps=2,
+        save_steps=None,
+        early_stopping_patience=1,
+        learning_rate=1e-9,
+        router_learning_rate=1e-9,
+        phases=(PhaseConfig(train=("experts", "router")),),
+        moe=TaskMoEConfig(r=1, num_experts=2),
+    )
     assert train(config) == 0
     run = tmp_path / "run"
     names = {p.name for p in run.iterdir()}
-    assert {"config.yaml", "task_map.json", "trainer_log.jsonl", "trainable.txt", "tokenizer", "latest"} <= names
+    assert {
+        "config.yaml",
+        "task_map.json",
+        "trainer_log.jsonl",
+        "trainable.txt",
+        "tokenizer",
+        "latest",
+    } <= names
     assert {"checkpoint-2", "checkpoint-4"} <= names  # the best, and where patience ended: not step 20
     listed = (run / "trainable.txt").read_text().split()
     assert listed and all(".bank." in n or n.startswith("routing.") for n in listed)
@@ -203,7 +276,9 @@ def test_a_run_goes_on_with_more_tasks(tmp_path):
     write("apple", "yes")
     write("berry", "no")
     data = DataConfig(root=str(root), max_length=16, cache_dir=str(tmp_path / "cache"))
-    config = replace(BASE, data=data, output_dir=str(tmp_path / "run"), max_steps=4, moe=TaskMoEConfig(r=1, num_experts=2))
+    config = replace(
+        BASE, data=data, output_dir=str(tmp_path / "run"), max_steps=4, moe=TaskMoEConfig(r=1, num_experts=2)
+    )
     config = replace(config, phases=(PhaseConfig(train=("base", "experts", "router")),), save_steps=2)
     assert train(config) == 0
     write("citrus", "yes")  # behind the others in the order of folders

@@ -145,9 +145,9 @@ def _table(
         old = tasks[tasks.id(name)] if tasks is not None and name in tasks else None
         labels = old.labels if old is not None else task.label_set()
         if old is not None and task.labels is not None and set(task.labels) != set(labels or ()):
+            known = ", ".join(labels or ()) or "none"
             raise TaskError(
-                f"task {name!r} has labels {', '.join(task.labels)} here but {', '.join(labels or ()) or 'none'} "
-                "in the checkpoint; keep the checkpoint's"
+                f"task {name!r} has labels {', '.join(task.labels)} but {known} in the checkpoint; keep those"
             )
         if config.task_type == "SEQ_CLS" and labels is None:
             raise DataError(f"task {name!r} has no labels, which task_type SEQ_CLS needs")

@@ -1,0 +1,92 @@
+"""Weights as files and as dictionaries: the base's, and everything at once between two phases.
+
+Under ZeRO-3 parameters must be gathered (``Engine.gathered``) while these run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from taskmoe.moe import StateError, TaskMoEModel
+from taskmoe.moe.layer import SavedModule
+
+BASE_WEIGHTS = "base_model.safetensors"  # in a checkpoint, where the base is not a model of the hub
+
+
+def base_state(model: TaskMoEModel) -> dict[str, Tensor]:
+    """The base model's parameters (tied ones once) and persistent buffers, on the CPU."""
+    state = {n: p.detach().cpu().contiguous() for n, p in model.parameter_groups()["base"]}
+    kept = set(model.state_dict().keys())
+    state.update({n: b.detach().cpu().contiguous() for n, b in model.named_buffers() if n in kept})
+    return state
+
+
+def save_base(state: dict[str, Tensor], folder: Path) -> None:
+    """Write :func:`base_state`."""
+    save_file(state, folder / BASE_WEIGHTS, metadata={"format": "pt"})
+
+
+def load_base(model: TaskMoEModel, folder: Path) -> None:
+    """Load what :func:`save_base` wrote, where the folder has it.
+
+    Raises:
+        StateError: unreadable, or tensors that do not fit.
+    """
+    path = folder / BASE_WEIGHTS
+    if not path.exists():
+        return
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{path}: not a readable safetensors file ({error})") from error
+    load_base_state(model, state, str(path))
+
+
+def load_base_state(model: TaskMoEModel, state: dict[str, Tensor], source: str) -> None:
+    """Copy :func:`base_state` into a model of the same settings.
+
+    Raises:
+        StateError: a tensor is missing or has another shape.
+    """
+    own = {n: p.data for n, p in model.parameter_groups()["base"]}
+    own.update(dict(model.named_buffers()))
+    wrong = [n for n, t in state.items() if n not in own or own[n].shape != t.shape]
+    missing = [n for n, _ in model.parameter_groups()["base"] if n not in state]
+    if wrong or missing:
+        raise StateError(
+            f"{source}: {(wrong + missing)[0]} does not fit the model; were model settings changed?"
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def all_weights(model: TaskMoEModel) -> dict[str, Tensor]:
+    """Copies of every parameter and persistent buffer, on the CPU."""
+    state = {**base_state(model), **model.adapter_state_dict()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def load_all_weights(model: TaskMoEModel, state: dict[str, Tensor]) -> None:
+    """Copy :func:`all_weights` into a model of the same settings."""
+    adapters = {n: p for g, ps in model.parameter_groups().items() if g != "base" for n, p in ps}
+    load_base_state(model, {n: t for n, t in state.items() if n not in adapters}, "the last phase")
+    with torch.no_grad():
+        for name, parameter in adapters.items():
+            parameter.copy_(state[name])
+
+
+def refresh_saved_modules(model: TaskMoEModel) -> None:
+    """Saved modules start again from their originals, which a phase without adapters may have trained."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, SavedModule):
+                for copy, original in zip(
+                    module.saved.parameters(), module.original.parameters(), strict=True
+                ):
+                    copy.copy_(original)
