@@ -17,11 +17,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from arms import Arm, Bench, bank_size, fitted, run_arm, trainable
 from bootstrap import Scored, compare
 
@@ -143,7 +143,8 @@ def measure(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {
             "python": platform.python_version(),
-            **{m.__name__: m.__version__ for m in (torch, transformers)},
+            **{name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")},
+            **({"scikit-learn": version("scikit-learn")} if FROZEN in about else {}),
         },
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
