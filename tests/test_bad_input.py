@@ -238,7 +238,7 @@ CHECKPOINTS = {
     "other labels": (
         {RUN: "", "cfg.yaml": BASE.replace("[good, bad]", "[good, bad, sad]")},
         "--resume_from_checkpoint true",
-        ["task 'mood' has labels good, bad, sad here but good, bad in the checkpoint"],
+        ["task 'mood' has labels good, bad, sad but good, bad in the checkpoint"],
     ),
     "other rows a step": (
         {RUN: ""},
