@@ -310,8 +310,8 @@ def test_a_rank_that_cannot_write_stops_all(tmp_path, spawn_ranks, failing):
 
 
 def test_a_rank_that_fails_while_the_other_waits_for_it(tmp_path, spawn_ranks):
-    # The waiting rank is freed when the other closes its connections. Engines of earlier tests may hold on to the
-    # group, as those of an ended process cannot: so a fresh pair.
+    # The waiting rank is freed when the other closes its connections. Engines of earlier tests may hold on to
+    # the group, as those of an ended process cannot: so a fresh pair.
     spawn_ranks.close()
     store(tmp_path, 1)
     errors = spawn_ranks(save_as_rank, run_dir=str(tmp_path), step=2, failing=(1,), stuck=True, timeout_s=60)
