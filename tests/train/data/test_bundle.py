@@ -67,7 +67,9 @@ def test_a_named_task_column_joins_files(write: Write, configure: Configure) -> 
 
 def test_a_template_may_name_the_task(write: Write, configure: Configure) -> None:
     by_file = configure(write("sum.jsonl", SUM), write("b.jsonl", [{**SUM[0], "task": "own"}]))
-    asked = dataclasses.replace(by_file, data=dataclasses.replace(by_file.data, template="{{ task }}: {{ input }}\n"))
+    asked = dataclasses.replace(
+        by_file, data=dataclasses.replace(by_file.data, template="{{ task }}: {{ input }}\n")
+    )
     raw = read(asked)
     assert column(raw, "train", 0, "prompt") == ["sum: 1 1\n", "sum: 1 2\n"]
     assert column(raw, "train", 1, "prompt") == ["own: 1 1\n"]  # of the column that splits the file
