@@ -1,8 +1,9 @@
 """Task-level mixtures of low-rank experts on any Hugging Face model.
 
->>> from taskmoe.moe import TaskMoEConfig, attach
->>> model = attach(AutoModelForCausalLM.from_pretrained(...), TaskMoEConfig(r=4), tasks=["qa", "sum"])  #
-doctest: +SKIP >>> out = model(input_ids=ids, task_ids=["qa", "sum"])  # doctest: +SKIP
+    from taskmoe.moe import TaskMoEConfig, attach
+
+    model = attach(AutoModelForCausalLM.from_pretrained(...), TaskMoEConfig(r=4), tasks=["qa", "sum"])
+    out = model(input_ids=ids, task_ids=["qa", "sum"])
 """
 
 from taskmoe.moe.attach import attach
