@@ -1,0 +1,113 @@
+"""From the Gramian of the task gradients to the weight of each task: the methods, and one object to call.
+
+Every method here needs the T x T Gramian alone: with J the stacked task gradients, the combined gradient is
+J' w. What is asked of a caller is therefore small: the Gramian of the gradients averaged over all ranks (it
+is additive over shards and layers), and J' w.
+
+Shapes: T rows, one a task; R rows with a gradient (R <= T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskmoe.moe.config import ConfigError
+from taskmoe.train.surgery.base import Method, SurgeryError, build, generator
+from taskmoe.train.surgery.own import fixed, mean, nash_mtl, pcgrad, random_weights, total
+
+
+class Surgery:
+    """One way to weight task gradients, the same on all ranks and after a resume.
+
+    The Gramian is divided by the mean of its diagonal before a method sees it, so multiplying all losses by
+    a constant changes no weight; solvers with absolute thresholds would otherwise take small gradients for
+    none. Rows of zero norm (absent tasks) do not reach the method and get the weight 0; if there is no other,
+    every weight is 1.
+
+    Args:
+        name: a key of :data:`METHODS`.
+        options: the method's keyword arguments.
+        seed: integer >= 0; with the step it fixes all random choices.
+
+    Raises:
+        ConfigError: an unknown method or option, an unusable value, or a package that is not installed.
+    """
+
+    def __init__(self, name: str = "sum", options: Mapping[str, Any] | None = None, seed: int = 0) -> None:
+        self.name, self.options, self.seed = name, dict(options or {}), int(seed)
+        self._method: Method = build(METHODS, name, self.options)
+
+    def weights(self, gramian_TT: Tensor, step: int, rows: Sequence[int] | None = None) -> Tensor:
+        """The weight of each row.
+
+        Args:
+            gramian_TT: [T, T], any floating dtype, the same on all ranks; computed on the CPU in fp64.
+            step: of the optimiser, >= 0.
+            rows: the task id of each row; default 0..T-1.
+
+        Returns:
+            fp64 [T] on the CPU.
+
+        Raises:
+            SurgeryError: a Gramian that is not finite (its tasks are named), or a solver that failed.
+            ValueError: shapes that do not fit.
+        """
+        ids = list(range(len(gramian_TT))) if rows is None else [int(row) for row in rows]
+        if gramian_TT.shape != (len(ids), len(ids)):
+            raise ValueError(f"a Gramian of shape {tuple(gramian_TT.shape)} for {len(ids)} rows")
+        G_TT = gramian_TT.detach().to("cpu", torch.float64)
+        check_finite(G_TT, step, ids)
+        live_R = (G_TT.diagonal() > 0).nonzero().squeeze(1)
+        if len(live_R) == 0:
+            return torch.ones(len(ids), dtype=torch.float64)
+        G_RR = G_TT[live_R][:, live_R]
+        live_ids = [ids[t] for t in live_R.tolist()]
+        w_R = self._method(G_RR / G_RR.diagonal().mean(), generator(self.seed, step), live_ids)
+        if not torch.isfinite(w_R).all():
+            raise SurgeryError(f"step {step}: {self.name!r} gave the weights {w_R.tolist()} to {live_ids}")
+        w_T = torch.zeros(len(ids), dtype=torch.float64)
+        w_T[live_R] = w_R
+        return w_T
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must agree on: plain values. No method here has a state of its own."""
+        return {"name": self.name, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a run.
+
+        Raises:
+            ConfigError: another method or another seed.
+        """
+        for key, own in self.state_dict().items():
+            if state[key] != own:
+                raise ConfigError(
+                    f"surgery.{'method' if key == 'name' else key}: the checkpoint has {state[key]!r}, this "
+                    f"run {own!r}; resume with the same one"
+                )
+
+
+def check_finite(gramian_TT: Tensor, step: int, rows: Sequence[int]) -> None:
+    """Raises SurgeryError, naming the tasks whose gradient is not finite (or else whose products are not)."""
+    bad_TT = ~torch.isfinite(gramian_TT)
+    if not bad_TT.any():
+        return
+    bad_T = bad_TT.diagonal() if bad_TT.diagonal().any() else bad_TT.any(1)
+    tasks = ", ".join(str(rows[t]) for t in bad_T.nonzero().squeeze(1).tolist())
+    raise SurgeryError(
+        f"step {step}: the gradient of task {tasks} is not finite; look at its loss and the learning rate"
+    )
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "sum": total,
+    "mean": mean,
+    "pcgrad": pcgrad,
+    "nash_mtl": nash_mtl,
+    "random": random_weights,
+    "fixed": fixed,
+}
