@@ -70,3 +70,24 @@ def number(name: str, value: Any, low: float, high: float = float("inf"), *, ope
             f"surgery.options.{name}: {value!r} is no finite number in {bracket}{low:g}, {high:g}]"
         )
     return float(value)
+
+
+def check_finite(gramian_TT: Tensor, step: int, rows: Sequence[int]) -> None:
+    """Raises SurgeryError, naming the tasks whose gradient is not finite (or else whose products are not)."""
+    bad_TT = ~torch.isfinite(gramian_TT)
+    if not bad_TT.any():
+        return
+    bad_T = bad_TT.diagonal() if bad_TT.diagonal().any() else bad_TT.any(1)
+    tasks = ", ".join(str(rows[t]) for t in bad_T.nonzero().squeeze(1).tolist())
+    raise SurgeryError(
+        f"step {step}: the gradient of task {tasks} is not finite; look at its loss and the learning rate"
+    )
+
+
+def check_same_run(state: Mapping[str, Any], name: str, seed: int) -> None:
+    """Raises ConfigError if a state was saved under another method or another seed."""
+    for setting, found, own in (("method", state["name"], name), ("seed", state["seed"], seed)):
+        if found != own:
+            raise ConfigError(
+                f"surgery.{setting}: the checkpoint has {found!r}, this run {own!r}; resume with the same one"
+            )

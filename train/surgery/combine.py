@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskmoe.moe.config import ConfigError
-from taskmoe.train.surgery.base import Method, SurgeryError, build, generator
+from taskmoe.train.surgery.base import Method, SurgeryError, build, check_finite, check_same_run, generator
 from taskmoe.train.surgery.own import fixed, mean, nash_mtl, pcgrad, random_weights, total
+from taskmoe.train.surgery.through_torchjd import aligned_mtl, cagrad, dualproj, imtl_g, mgda, upgrad
 
 
 class Surgery:
@@ -83,31 +83,20 @@ class Surgery:
         Raises:
             ConfigError: another method or another seed.
         """
-        for key, own in self.state_dict().items():
-            if state[key] != own:
-                raise ConfigError(
-                    f"surgery.{'method' if key == 'name' else key}: the checkpoint has {state[key]!r}, this "
-                    f"run {own!r}; resume with the same one"
-                )
-
-
-def check_finite(gramian_TT: Tensor, step: int, rows: Sequence[int]) -> None:
-    """Raises SurgeryError, naming the tasks whose gradient is not finite (or else whose products are not)."""
-    bad_TT = ~torch.isfinite(gramian_TT)
-    if not bad_TT.any():
-        return
-    bad_T = bad_TT.diagonal() if bad_TT.diagonal().any() else bad_TT.any(1)
-    tasks = ", ".join(str(rows[t]) for t in bad_T.nonzero().squeeze(1).tolist())
-    raise SurgeryError(
-        f"step {step}: the gradient of task {tasks} is not finite; look at its loss and the learning rate"
-    )
+        check_same_run(state, self.name, self.seed)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
     "sum": total,
     "mean": mean,
     "pcgrad": pcgrad,
+    "upgrad": upgrad,
+    "dualproj": dualproj,
+    "cagrad": cagrad,
+    "mgda": mgda,
     "nash_mtl": nash_mtl,
+    "imtl_g": imtl_g,
+    "aligned_mtl": aligned_mtl,
     "random": random_weights,
     "fixed": fixed,
 }

@@ -101,7 +101,7 @@ def nash_mtl(ridge: float = 1e-6, max_iterations: int = 1000) -> Method:
     is left to the engine, which clips after combination.
 
     Args:
-        ridge: added to the diagonal of the cosine matrix; it bounds the weights where gradients cancel
+        ridge: shrinks the cosines by 1 / (1 + ridge), a definite matrix; it bounds the weights where gradients cancel
             (there the equation has no solution).
         max_iterations: of Newton's method.
     """
@@ -110,14 +110,14 @@ def nash_mtl(ridge: float = 1e-6, max_iterations: int = 1000) -> Method:
     def weights(G_TT: Tensor, gen: torch.Generator, rows: Sequence[int]) -> Tensor:
         G = G_TT.numpy()
         norms_T = np.sqrt(np.diagonal(G))
-        C_TT = G / np.outer(norms_T, norms_T) + ridge * np.eye(len(rows))
+        C_TT = (G / np.outer(norms_T, norms_T) + ridge * np.eye(len(rows))) / (1 + ridge)
         b_T = np.ones(len(rows))  # w times the norms: the equation in cosines, well scaled
         for _ in range(max_iterations):
             slope_T = C_TT @ b_T - 1 / b_T
             newton_T = np.linalg.solve(C_TT + np.diag(b_T**-2), slope_T)
             decrement = math.sqrt(max(float(slope_T @ newton_T), 0.0))
             b_T = b_T - newton_T / (1 + decrement if decrement > 0.25 else 1)
-            if decrement < 1e-10:
+            if decrement < 1e-8:  # quadratic by now: the step just taken left far less
                 return torch.from_numpy(b_T / norms_T)
         raise SurgeryError(
             f"nash_mtl: no solution in {max_iterations} iterations; raise surgery.options.ridge ({ridge:g})"
