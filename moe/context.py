@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from taskmoe.kernels.plan import Plan
+from taskmoe.moe.parts import Split
 from taskmoe.moe.tasks import TaskError
 
 
@@ -35,11 +36,13 @@ class Gate:
     """How the experts of one routing group combine.
 
     values: [Tb, H, k] float, the gates. slots: [Tb, H, k] int64, the expert behind each gate; None: k = E and
-    gate j belongs to expert j.
+    gate j belongs to expert j. split: gives a bank the task axis that keeps the tasks' gradients apart; None:
+    they are summed.
     """
 
     values: Tensor
     slots: Tensor | None = None
+    split: Split | None = None
 
 
 class Context:
@@ -181,8 +184,10 @@ class GateBridge:
     where they ask for the routers, the backward pass raises a RuntimeError.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        """values: [S, Tb, H, k], the real gates of S routing groups, with their graph."""
+    def __init__(self, values: Tensor, keep: Callable[[Tensor], None] | None = None) -> None:
+        """values: [S, Tb, H, k], the real gates of S routing groups, with their graph. keep: is shown their
+        gradient in every backward pass."""
+        self.keep = keep
         self.leaves = [v.detach().requires_grad_() for v in values.unbind(0)]
         self._carrier = values
         # In the graph, and asked for by every plain backward, by no other.
@@ -223,5 +228,9 @@ class _Bridge(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_embeddings: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # The carrier between two bridges only orders them: its edge counts, its gradient is nothing.
-        gates = None if ctx.bridge is None else torch.stack(ctx.bridge.take_gradients())
+        gates = None
+        if ctx.bridge is not None:
+            gates = torch.stack(ctx.bridge.take_gradients())
+            if ctx.bridge.keep is not None:
+                ctx.bridge.keep(gates)
         return None, grad_embeddings, gates, None

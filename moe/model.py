@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from taskmoe.moe.entries import floating_inputs, input_embeddings
 from taskmoe.moe.gates import GATES, uniform
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
+from taskmoe.moe.parts import Parts, splitter
 from taskmoe.moe.routers import ROUTERS
 from taskmoe.moe.task_ids import check_batch, read_task_ids
 from taskmoe.moe.tasks import TaskTable
@@ -62,6 +64,7 @@ class TaskMoEModel(nn.Module):
         self.moe_config, self.tasks = moe_config, tasks
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
+        self.parts: Parts | None = None  # keeps the tasks' gradients apart in the forward passes from now on
         self._checkpointed = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._embeddings = input_embeddings(base_model)
         for module in self._embeddings:
@@ -123,12 +126,16 @@ class TaskMoEModel(nn.Module):
             shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
             values_STHk, slots = uniform(values_STHk.detach().new_zeros(shape), 1.0, None)
         if torch.is_grad_enabled() and values_STHk.requires_grad:
-            context.bridge = GateBridge(values_STHk)
+            keep = None if self.parts is None else partial(self.parts.keep_gates, context.tasks)
+            context.bridge = GateBridge(values_STHk, keep)
             rows: Sequence[Tensor] = context.bridge.leaves
         else:
             rows = values_STHk.unbind(0)
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
-        context.gates = [Gate(v, None if slots is None else slots[i]) for i, v in enumerate(rows)]
+        split = None
+        if self.parts is not None and torch.is_grad_enabled():
+            split = splitter(self.parts, context.tasks)
+        context.gates = [Gate(v, None if slots is None else slots[i], split) for i, v in enumerate(rows)]
         return context
 
     def _host_ids(self, task_ids: Any) -> list[Any]:

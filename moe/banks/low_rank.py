@@ -1,6 +1,7 @@
 """The bank of low-rank experts: E pairs (A_e, B_e) of rank r on one linear layer.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks in the batch, H heads, k slots.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks in the batch, G 1 or T, H heads, k
+slots.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from taskmoe.kernels.low_rank import average, low_rank, low_rank_averaged
+from taskmoe.kernels.low_rank import low_rank, low_rank_averaged
 from taskmoe.kernels.plan import Plan
 from taskmoe.moe.context import Gate
+from taskmoe.moe.parts import average_by_task
 
 
 class LowRankBank(nn.Module):
@@ -40,19 +42,23 @@ class LowRankBank(nn.Module):
     def forward(self, x_MK: Tensor, y_MN: Tensor, gate: Gate, plan: Plan) -> Tensor:
         """x_MK: [M, K]; y_MN: [M, N], the frozen layer's output -> [M, N], y plus the experts' part."""
         x_MK = self.dropout(x_MK)
+        A_GErK, B_GErN = self.factors(gate)
         if self.compose == "before":
             weights_THE = gate.values
             if gate.slots is not None:
                 shape = (*gate.values.shape[:-1], self.A_ErK.shape[0])
                 weights_THE = gate.values.new_zeros(shape).scatter(-1, gate.slots, gate.values)
-            A_TrK, B_TrN = average(self.A_ErK, weights_THE), average(self.B_ErN, weights_THE)
+            A_TrK, B_TrN = average_by_task(A_GErK, weights_THE), average_by_task(B_GErN, weights_THE)
             return low_rank_averaged(x_MK, y_MN, A_TrK, B_TrN, self.scale, plan)
         slots = None if gate.slots is None else gate.slots.squeeze(1)
-        A_GErK, B_GErN = (
-            self.A_ErK.unsqueeze(0),
-            self.B_ErN.unsqueeze(0),
-        )  # G = 1: one gradient, summed over tasks
         return low_rank(x_MK, y_MN, A_GErK, B_GErN, gate.values.squeeze(1), slots, self.scale, plan)
+
+    def factors(self, gate: Gate) -> tuple[Tensor, ...]:
+        """A and B as the op takes them, [G, E, r, D]: G = 1 gives one gradient, summed over tasks; G = T one
+        a task, which ``gate.split`` keeps."""
+        if gate.split is None:
+            return self.A_ErK.unsqueeze(0), self.B_ErN.unsqueeze(0)
+        return gate.split(self.A_ErK, self.B_ErN)
 
     def extra_repr(self) -> str:
         e, r, k = self.A_ErK.shape
