@@ -1,8 +1,4 @@
-"""The grouped low-rank product: shape checks, two torch.library ops, one autograd Function.
-
-``taskmoe::low_rank_fwd`` and ``taskmoe::low_rank_bwd`` are functional, one op a direction. The environment
-variable ``TASKMOE_KERNELS``, read at each call, picks the implementation: ``auto`` (default) the op of the
-device, ``reference`` the slow truth of ``reference.py``.
+"""The grouped low-rank product with gates a task: shape checks and an autograd Function over the ops of ops.py.
 
 Legend: M rows, K d_in, N d_out, D either, E experts, r rank of one expert, T tasks, k slots of a task,
 R = k*r, G 1 or T, H heads.
@@ -11,18 +7,13 @@ R = k*r, G 1 or T, H heads.
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from taskmoe.kernels import low_rank_cpu, reference
+from taskmoe.kernels import ops, reference
 from taskmoe.kernels.plan import Plan
-
-FORWARD = "taskmoe::low_rank_fwd"
-BACKWARD = "taskmoe::low_rank_bwd"
-MODES = ("auto", "reference")
 
 
 def low_rank(
@@ -59,16 +50,12 @@ def low_rank(
         ValueError: shapes that do not fit, or an unknown value of ``TASKMOE_KERNELS``.
     """
     _check(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, plan)
-    mode = os.environ.get("TASKMOE_KERNELS", "auto")
-    if mode not in MODES:
-        raise ValueError(f"TASKMOE_KERNELS is {mode!r}; use one of {', '.join(MODES)}")
     if y_MN is not None and x_MK.dtype != y_MN.dtype:
         x_MK = x_MK.to(y_MN.dtype)
-    with _without_autocast(x_MK):
-        if mode == "reference":
+    with without_autocast(x_MK):
+        if ops.mode() == "reference":
             return reference.low_rank(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
-        tables = plan.op_tables(x_MK.device)
-        return _LowRank.apply(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables)
+        return _LowRank.apply(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables_of(plan, x_MK))
 
 
 def low_rank_averaged(
@@ -138,7 +125,7 @@ class _LowRank(torch.autograd.Function):
         needs = [need_x, need_A, need_B, need_gates]
         grads: list[Tensor | None] = [None] * 4
         if any(needs):
-            with _without_autocast(dy_MN):
+            with without_autocast(dy_MN):
                 results = torch.ops.taskmoe.low_rank_bwd.default(
                     dy_MN, x_MK, s_MR, A_GErK, B_GErN, gates_Tk, slots_Tk, ctx.scale, ctx.tables, needs
                 )
@@ -147,7 +134,12 @@ class _LowRank(torch.autograd.Function):
         return dx, dy_MN if need_y else None, dA, dB, dgates, None, None, None
 
 
-def _without_autocast(x: Tensor) -> Any:
+def tables_of(plan: Plan, x: Tensor) -> list[Tensor]:
+    """What the ops of ``x`` take as ``tables``."""
+    return plan.op_tables(x.device, tiles=x.is_cuda or ops.use_triton(x))
+
+
+def without_autocast(x: Tensor) -> Any:
     """The op decides its own dtypes: autocast must not cast its fp32 sums."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -188,63 +180,3 @@ def _check(
             f"slots are {tuple(slots_Tk.shape)} {slots_Tk.dtype}; "
             f"they must be int64 expert ids of shape {tuple(gates_Tk.shape)}, one a gate"
         )
-
-
-def _fake_fwd(
-    x: Tensor,
-    y: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    gates: Tensor,
-    slots: Tensor | None,
-    scale: float,
-    tables: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    M = x.shape[0]
-    return x.new_empty(M, B.shape[3]), x.new_empty(M, gates.shape[1] * A.shape[2], dtype=acc)
-
-
-def _fake_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    A: Tensor,
-    B: Tensor,
-    gates: Tensor,
-    slots: Tensor | None,
-    scale: float,
-    tables: list[Tensor],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (x, A, B, gates)
-    dx, dA, dB, dgates = (
-        t.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True)
-    )
-    return dx, dA, dB, dgates
-
-
-def _register() -> None:
-    """Define the ops once: torch keeps them for the life of the process, whatever happens to this module."""
-    if hasattr(torch.ops.taskmoe, "low_rank_bwd"):
-        return
-    torch.library.define(
-        FORWARD,
-        "(Tensor x, Tensor? y, Tensor A, Tensor B, Tensor gates, Tensor? slots, float scale, Tensor[] tables)"
-        " -> (Tensor out, Tensor s)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    torch.library.define(
-        BACKWARD,
-        "(Tensor dy, Tensor x, Tensor s, Tensor A, Tensor B, Tensor gates, Tensor? slots, float scale,"
-        " Tensor[] tables, bool[] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dgates)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    for device in ("cpu", "cuda"):
-        torch.library.impl(FORWARD, device, low_rank_cpu.low_rank_fwd)
-        torch.library.impl(BACKWARD, device, low_rank_cpu.low_rank_bwd)
-    torch.library.register_fake(FORWARD, _fake_fwd)
-    torch.library.register_fake(BACKWARD, _fake_bwd)
-
-
-_register()

@@ -16,6 +16,22 @@ from torch import Tensor
 HOST = torch.device("cpu")
 
 
+def tile_rows(rows: int, segments: int) -> int:
+    """Rows of a tile: about as many as a segment has, and enough tiles to keep every core of a GPU busy."""
+    size = 16
+    while size < 64 and size * segments < rows and size * 128 < rows:
+        size *= 2
+    return size
+
+
+def chunk_rows(rows: int) -> int:
+    """Rows of a chunk, a power of two in 128..1024. By a formula, not by tuning: it sets the order of sums."""
+    size = 128
+    while size < 1024 and size * 64 <= rows:
+        size *= 2
+    return size
+
+
 @dataclass(frozen=True)
 class Plan:
     """One row space: ``rows`` rows cut into segments, each of one task.
@@ -35,7 +51,7 @@ class Plan:
     offsets: tuple[int, ...]
     tasks: tuple[int, ...]
     num_tasks: int
-    _tables: dict[torch.device, list[Tensor]] = field(
+    _tables: dict[tuple[torch.device, bool], list[Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -115,24 +131,63 @@ class Plan:
         """The task of each row, int64 ``[M]``, cached per device; no device sync."""
         return self.op_tables(device)[0]
 
-    def op_tables(self, device: torch.device | str = HOST) -> list[Tensor]:
-        """What the ops take as ``tables``: row tasks, offsets, tasks on ``device``.
+    def op_tables(self, device: torch.device | str = HOST, *, tiles: bool | None = None) -> list[Tensor]:
+        """What the ops take as ``tables``, cached per device; no device sync.
 
-        Off the host, offsets and tasks on the host follow, so that the last two entries can always be read
-        without a device sync.
+        Row tasks, offsets and tasks on ``device``; with ``tiles`` (default: off the host) what the Triton kernels
+        walk: ``tiles [n, 3]``, ``chunks [c, 3]`` and ``chunk_ptr [T + 1]``, see :func:`cut`. Wherever those are, the
+        last two entries are offsets and tasks on the host, to be read without a sync.
         """
         device = torch.device(device)
-        found = self._tables.get(device)
+        tiles = device.type != "cpu" if tiles is None else tiles
+        found = self._tables.get((device, tiles))
         if found is None:
             offsets = torch.tensor(self.offsets, dtype=torch.int32)
             tasks = torch.tensor(self.tasks, dtype=torch.int32)
             row_tasks = torch.repeat_interleave(tasks.long(), offsets.diff().long(), output_size=self.rows)
             found = [row_tasks, offsets, tasks]
-            if device.type != "cpu":
+            if tiles:
+                order = torch.argsort(tasks, stable=True)
+                starts, sizes = offsets[:-1], offsets.diff()
+                chunks, _ = cut(tasks[order], starts[order], sizes[order], chunk_rows(self.rows))
+                chunk_ptr = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(self.num_tasks + 1))
+                found.append(cut(tasks, starts, sizes, tile_rows(self.rows, len(tasks)))[0])
+                found += [chunks, chunk_ptr.int()]
+            if tiles or device.type != "cpu":
                 # non_blocking: a blocking copy would wait for the device.
                 found = [t.to(device, non_blocking=True) for t in found] + [offsets, tasks]
-            self._tables[device] = found
+            self._tables[device, tiles] = found
         return found
+
+
+def cut(groups: Tensor, starts: Tensor, sizes: Tensor, size: int, pieces: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cut runs of rows into pieces of at most ``size`` rows that never straddle a run.
+
+    Args:
+        groups, starts, sizes: int [S], the group, first row and length of each run.
+        size: rows of a piece.
+        pieces: how many pieces there are; None asks the values (a sync on a device). More than there are: the
+            surplus is empty.
+
+    Returns:
+        int32 ``[pieces, 3]``, (group, first row, row after the last) in the order of the runs, empty pieces with
+        last = first; int32 ``[S + 1]``, where the pieces of each run begin.
+    """
+    sizes = sizes.long()
+    begins = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=sizes.device)
+    torch.cumsum((sizes + (size - 1)) // size, 0, out=begins[1:])
+    if pieces is None:
+        pieces = int(begins[-1])
+    piece = torch.arange(pieces, device=sizes.device)
+    run = torch.searchsorted(begins, piece, right=True) - 1
+    beyond = run >= len(sizes)
+    run = run.clamp(max=max(len(sizes) - 1, 0))
+    if not len(sizes):
+        return torch.zeros(pieces, 3, dtype=torch.int32, device=sizes.device), begins.int()
+    first = starts[run] + (piece - begins[run]) * size
+    end = torch.minimum(first + size, starts[run] + sizes[run])
+    end = torch.where(beyond, first, end)
+    return torch.stack([groups[run].long(), first, end], dim=1).int(), begins.int()
 
 
 def _runs(values: Sequence[int] | Tensor, key: str) -> list[tuple[int, int]]:

@@ -120,7 +120,7 @@ def test_the_environment_picks_the_implementation(make_case, monkeypatch) -> Non
     monkeypatch.setenv("TASKMOE_KERNELS", "auto")
     assert torch.is_tensor(low_rank(*case.args()))
     monkeypatch.setenv("TASKMOE_KERNELS", "fast")
-    with pytest.raises(ValueError, match="TASKMOE_KERNELS is 'fast'; use one of auto, reference"):
+    with pytest.raises(ValueError, match="TASKMOE_KERNELS is 'fast'; use one of auto, triton, reference"):
         low_rank(*case.args())
 
 
@@ -200,12 +200,12 @@ def test_average_refuses_what_does_not_fit() -> None:
 
 
 def test_an_unknown_expert_is_an_error(make_case, monkeypatch) -> None:
-    from taskmoe.kernels import low_rank_cpu
+    from taskmoe.kernels import low_rank_cpu, ways
 
-    for segments in (True, False):
-        monkeypatch.setattr(low_rank_cpu, "use_segments", lambda *_, s=segments: s)
+    for way in (ways.Dense, ways.Segments, ways.Equal):
+        monkeypatch.setattr(low_rank_cpu, "choose", lambda *_, way=way: way)
         for expert in (5, -1):
-            case = make_case(slots=[[expert], [0], [0], [0]])
+            case = make_case(task_of_row=[0, 1, 2, 3], slots=[[expert], [0], [0], [0]])
             with pytest.raises((IndexError, RuntimeError), match=r"out of|index"):
                 low_rank(*case.args())
 

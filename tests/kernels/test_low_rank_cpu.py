@@ -5,14 +5,20 @@ import torch
 
 from taskmoe.kernels import low_rank_cpu, reference
 from taskmoe.kernels.low_rank import low_rank
+from taskmoe.kernels.ways import Dense, Equal, Segments, choose
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-@pytest.fixture(params=["dense", "segments"])
-def way(request, monkeypatch) -> str:
-    """Both ways through the CPU path, whatever the shape would choose."""
-    monkeypatch.setattr(low_rank_cpu, "use_segments", lambda *_: request.param == "segments")
+@pytest.fixture(params=[Dense, Segments, Equal], ids=lambda way: way.__name__)
+def way(request, monkeypatch) -> type:
+    """Each way through the CPU path, whatever the shape would choose; Equal where all segments are of one length."""
+
+    def forced(sizes_S, *_):
+        equal = len(sizes_S) > 0 and bool((sizes_S == sizes_S[0]).all())
+        return Segments if request.param is Equal and not equal else request.param
+
+    monkeypatch.setattr(low_rank_cpu, "choose", forced)
     return request.param
 
 
@@ -42,6 +48,7 @@ def test_forward_and_gradients_are_the_reference(make_case, run_op, way, dtype, 
         {"task_of_row": [3, 1, 3, 0, 3], "K": 1, "N": 1},
         {"task_of_row": [0, 1, 2, 3] * 5, "K": 33, "N": 17, "experts": 11},
         {"task_of_row": [0] * 4, "num_tasks": 1, "experts": 1},
+        {"task_of_row": [2, 2, 0, 0, 1, 1, 2, 2], "r": 3},
     ],
     ids=str,
 )
@@ -159,11 +166,11 @@ def test_only_what_is_needed_is_computed(make_case, way) -> None:
 
 
 def test_the_way_is_chosen_by_shape() -> None:
-    def choose(**changes: int) -> bool:
-        shape = {"rows": 2048, "segments": 8, "experts": 64, "slots": 2, "r": 8, "width": 2048} | changes
-        return low_rank_cpu.use_segments(*shape.values())
+    def chosen(sizes: list[int], E: int = 64, k: int = 2, r: int = 8, width: int = 2048) -> type:
+        return choose(torch.tensor(sizes), E, k, r, width)
 
-    assert choose()
-    assert not choose(rows=8)
-    assert not choose(segments=2048)
-    assert not choose(experts=2)
+    assert chosen([255, 257] * 4) is Segments
+    assert chosen([8] * 32, E=256) is Equal
+    assert chosen([1, 2] * 4) is Dense  # few rows: dispatch costs more than arithmetic
+    assert chosen([255, 257] * 4, E=2) is Dense
+    assert chosen([]) is Dense
