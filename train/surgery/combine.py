@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskmoe.train.surgery.base import Method, SurgeryError, build, check_finite, check_same_run, generator
+from taskmoe.train.choices import build, check_same_run, generator
+from taskmoe.train.surgery.base import Method, SurgeryError, check_finite
 from taskmoe.train.surgery.own import fixed, mean, nash_mtl, pcgrad, random_weights, total
 from taskmoe.train.surgery.through_torchjd import aligned_mtl, cagrad, dualproj, imtl_g, mgda, upgrad
 
@@ -39,7 +40,7 @@ class Surgery:
 
     def __init__(self, name: str = "sum", options: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         self.name, self.options, self.seed = name, dict(options or {}), int(seed)
-        self._method: Method = build(METHODS, name, self.options)
+        self._method: Method = build("surgery", METHODS, name, self.options)
 
     def weights(self, gramian_TT: Tensor, step: int, rows: Sequence[int] | None = None) -> Tensor:
         """The weight of each row.
@@ -83,7 +84,7 @@ class Surgery:
         Raises:
             ConfigError: another method or another seed.
         """
-        check_same_run(state, self.name, self.seed)
+        check_same_run("surgery", state, self.name, self.seed)
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taskmoe.train.surgery.base import SurgeryError, build, check_finite, check_same_run, generator, number
+from taskmoe.train.choices import build, check_same_run, generator, number
+from taskmoe.train.surgery.base import SurgeryError, check_finite
 from taskmoe.train.surgery.gramian import gramian
 
 Reduce = Callable[[Tensor], Tensor]
@@ -58,7 +59,7 @@ class DirectSurgery:
 
     def __init__(self, name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> None:
         self.name, self.options, self.seed = name, dict(options or {}), int(seed)
-        self._method: Direct = build(DIRECT, name, self.options)
+        self._method: Direct = build("surgery", DIRECT, name, self.options)
 
     def combine(
         self,
@@ -105,7 +106,7 @@ class DirectSurgery:
         Raises:
             ConfigError: another method or another seed.
         """
-        check_same_run(state, self.name, self.seed)
+        check_same_run("surgery", state, self.name, self.seed)
         self._method.load_state_dict(state["method"])
 
 
@@ -122,7 +123,7 @@ class GradVac:
     """
 
     def __init__(self, beta: float = 1e-2) -> None:
-        self.beta = number("beta", beta, 0.0, 1.0)
+        self.beta = number("surgery.options.beta", beta, 0.0, 1.0)
         self._phi_STT = np.zeros((0, 0, 0))  # by task id; grows as ids appear
 
     def __call__(
@@ -179,7 +180,7 @@ class GradDrop:
     """
 
     def __init__(self, leak: float = 0.0) -> None:
-        self.leak = number("leak", leak, 0.0, 1.0)
+        self.leak = number("surgery.options.leak", leak, 0.0, 1.0)
 
     def __call__(
         self,

@@ -74,7 +74,7 @@ def update_change(gramian_TT: Tensor, weights_T: Tensor) -> float:
 
 
 def direction_change(gramian_TT: Tensor, weights_T: Tensor) -> float:
-    """The part of :func:`update_change` that no learning rate gives: min over a >= 0 of |a d - d_sum| / |d_sum|.
+    """The part of :func:`update_change` that no learning rate gives: min of |a d - d_sum| / |d_sum|, a >= 0.
 
     It is the sine of the angle between the two, 1 for angles above 90 degrees and for d = 0.
     """

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe.config import ConfigError
-from taskmoe.train.surgery.base import Method, SurgeryError, number
+from taskmoe.train.choices import number, whole
+from taskmoe.train.surgery.base import Method, SurgeryError
 
 
 def total() -> Method:
@@ -76,7 +77,7 @@ def fixed(weights: Sequence[float]) -> Method:
     Raises:
         ConfigError: a weight that is not a finite number >= 0.
     """
-    given = [number("weights", w, 0.0) for w in weights]
+    given = [number("surgery.options.weights", w, 0.0) for w in weights]
 
     def chosen(G_TT: Tensor, gen: torch.Generator, rows: Sequence[int]) -> Tensor:
         missing = [row for row in rows if row >= len(given)]
@@ -101,11 +102,12 @@ def nash_mtl(ridge: float = 1e-6, max_iterations: int = 1000) -> Method:
     is left to the engine, which clips after combination.
 
     Args:
-        ridge: shrinks the cosines by 1 / (1 + ridge), a definite matrix; it bounds the weights where gradients cancel
-            (there the equation has no solution).
+        ridge: shrinks the cosines by 1 / (1 + ridge); it bounds the weights where gradients cancel (there
+            the equation has no solution).
         max_iterations: of Newton's method.
     """
-    ridge = number("ridge", ridge, 0.0, open_low=True)
+    ridge = number("surgery.options.ridge", ridge, 0.0, open_low=True)
+    whole("surgery.options.max_iterations", max_iterations, 1)
 
     def weights(G_TT: Tensor, gen: torch.Generator, rows: Sequence[int]) -> Tensor:
         G = G_TT.numpy()

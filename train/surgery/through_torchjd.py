@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe.config import ConfigError
-from taskmoe.train.surgery.base import Method, SurgeryError, number
+from taskmoe.train.choices import number, whole
+from taskmoe.train.surgery.base import Method, SurgeryError
 
 
 def upgrad(reg_eps: float = 1e-4) -> Method:
-    """Each gradient projected onto the dual cone of all, then summed (UPGrad, Quinton and Rey, arXiv 2406.16232).
+    """Each gradient projected onto the dual cone of all, then summed (UPGrad, Quinton et al., arXiv 2406.16232).
 
     To first order the update raises no task's loss, whatever the number of tasks: <g_t, d> is at least
     -reg_eps tr(G) w_t, a rounding of the solver's making. Where nothing conflicts it is ``sum``.
@@ -32,7 +33,7 @@ def upgrad(reg_eps: float = 1e-4) -> Method:
     Args:
         reg_eps: added to the diagonal of the Gramian (of trace one) so that the solver sees a definite one.
     """
-    number("reg_eps", reg_eps, 0.0, open_low=True)
+    number("surgery.options.reg_eps", reg_eps, 0.0, open_low=True)
     return _weighting("upgrad", lambda agg, lin: agg.UPGradWeighting(projector=_projector(lin, reg_eps)))
 
 
@@ -44,12 +45,12 @@ def dualproj(reg_eps: float = 1e-4) -> Method:
     Args:
         reg_eps: as for ``upgrad``.
     """
-    number("reg_eps", reg_eps, 0.0, open_low=True)
+    number("surgery.options.reg_eps", reg_eps, 0.0, open_low=True)
     return _weighting("dualproj", lambda agg, lin: agg.DualProjWeighting(projector=_projector(lin, reg_eps)))
 
 
 def cagrad(c: float = 0.4, rescale: bool = True) -> Method:
-    """max_d min_t <g_t, d> for |d - g_0| <= c |g_0|, g_0 the mean (CAGrad, Liu et al. 2021, arXiv 2110.14048).
+    """max_d min_t <g_t, d> for |d - g_0| <= c |g_0|, g_0 the mean (CAGrad, Liu et al., arXiv 2110.14048).
 
     ``c = 0`` is ``sum``; below 1 it converges to a minimum of the average loss. Close to a Pareto-stationary
     point (|g_w| under 1e-4 of the Jacobian's norm) the weights are zero.
@@ -59,7 +60,7 @@ def cagrad(c: float = 0.4, rescale: bool = True) -> Method:
         rescale: divide by 1 + c, the factor by which the update is longer where gradients agree. Without it
             the method also acts as a higher learning rate.
     """
-    number("c", c, 0.0)
+    number("surgery.options.c", c, 0.0)
     if not isinstance(rescale, bool):
         raise ConfigError(f"surgery.options.rescale: {rescale!r} is neither true nor false")
     return _weighting("cagrad", lambda agg, lin: agg.CAGradWeighting(c=c), 1 / (1 + c) if rescale else 1.0)
@@ -70,8 +71,8 @@ def mgda(epsilon: float = 1e-3, max_iterations: int = 100) -> Method:
 
     Small gradients dominate it. The Frank-Wolfe solver stops early, at a step under ``epsilon``.
     """
-    number("epsilon", epsilon, 0.0, open_low=True)
-    number("max_iterations", max_iterations, 1)
+    number("surgery.options.epsilon", epsilon, 0.0, open_low=True)
+    whole("surgery.options.max_iterations", max_iterations, 1)
     return _weighting("mgda", lambda agg, lin: agg.MGDAWeighting(epsilon=epsilon, max_iters=max_iterations))
 
 
