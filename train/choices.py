@@ -1,4 +1,4 @@
-"""Methods that are chosen by name and take options: checked like every other setting, and random by the step."""
+"""Methods that are chosen by name and take options, checked like other settings; random numbers by step."""
 
 from __future__ import annotations
 
@@ -85,5 +85,5 @@ def check_same_run(section: str, state: Mapping[str, Any], name: str, seed: int)
     for setting, found, own in (("method", state["name"], name), ("seed", state["seed"], seed)):
         if found != own:
             raise ConfigError(
-                f"{section}.{setting}: the checkpoint has {found!r}, this run {own!r}; resume with the same one"
+                f"{section}.{setting}: the checkpoint has {found!r}, this run {own!r}; resume with the same"
             )

@@ -25,7 +25,7 @@ from taskmoe.train.surgery.base import Method, SurgeryError
 
 
 def upgrad(reg_eps: float = 1e-4) -> Method:
-    """Each gradient projected onto the dual cone of all, then summed (UPGrad, Quinton et al., arXiv 2406.16232).
+    """Each gradient projected onto the dual cone of all; their sum (UPGrad, Quinton et al., arXiv 2406.16232).
 
     To first order the update raises no task's loss, whatever the number of tasks: <g_t, d> is at least
     -reg_eps tr(G) w_t, a rounding of the solver's making. Where nothing conflicts it is ``sum``.
