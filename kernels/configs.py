@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: a table by architecture, kernel, rank bucket, width and dtype.
 
-No search at run time: the first step of a training is as fast as the last, and the same program runs everywhere. An
-unknown GPU takes the defaults. ``taskmoe tune`` measures the alternatives on the GPU at hand and writes a JSON file
-of overrides, which is read at the first launch.
+No search at run time: the first step of a training is as fast as the last, and the same program runs
+everywhere. An unknown GPU takes the defaults. ``taskmoe tune`` measures the alternatives on the GPU at hand
+and writes a JSON file of overrides, which is read at the first launch.
 
 Legend: D wide dimension, R columns of a group.
 """
@@ -49,7 +49,7 @@ class Key:
 
 def rank_bucket(R: int) -> int:
     """Columns of a tile for R columns of a group."""
-    return next((rank for rank in RANKS if R <= rank), RANKS[-1])
+    return next((rank for rank in RANKS if rank >= R), RANKS[-1])
 
 
 def key(kernel: str, R: int, D: int, bits: int) -> Key:
@@ -66,7 +66,8 @@ def keys() -> Iterator[Key]:
 
 
 def default(key: Key) -> Launch:
-    """What an unknown GPU uses: no spilled registers and at most 100 KB of shared memory on sm_80 and newer."""
+    """What an unknown GPU uses: no spilled registers and at most 100 KB of shared memory on sm_80 and
+    newer."""
     large = key.rank >= 64
     if key.kernel == "shrink":
         # Two operands a stage, BM x width and width x rank: fewer stages where they are large.
@@ -89,8 +90,8 @@ def default(key: Key) -> Launch:
     }[key.bits]
 
 
-# (architecture, key) -> Launch where the default is not the best known: a data centre's Hopper and Blackwell have
-# 227 KB of shared memory for a block, so that four stages fit for every rank.
+# (architecture, key) -> Launch where the default is not the best known: a data centre's Hopper and Blackwell
+# have 227 KB of shared memory for a block, so that four stages fit for every rank.
 TABLE: dict[tuple[str, Key], Launch] = {
     (arch, Key("shrink", rank, width, 16)): Launch(128, 0, 8 if rank > 64 else 4, 4)
     for arch in ("sm_90", "sm_100")
@@ -129,7 +130,9 @@ def overrides() -> dict[tuple[str, str], Launch]:
     try:
         return read_overrides(path) if path.is_file() else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: not a file of kernel configurations ({error}); using the defaults", stacklevel=2)
+        warnings.warn(
+            f"{path}: not a file of kernel configurations ({error}); using the defaults", stacklevel=2
+        )
         return {}
 
 

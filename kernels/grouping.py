@@ -25,9 +25,9 @@ def group_rows(slots_Mk: Tensor, row_tasks: Tensor | None, G: int, E: int, *, ti
     Returns:
         ``pairs`` int32 [k * M]: slot after slot, pair ``token * k + slot``;
         ``experts`` int64 [J, 1], the expert of each group; groups go by (task, slot, expert);
-        ``runs`` int32 [J, 3]: (group, first place in pairs, place after the last), slot after slot, as pairs are;
-        with ``tiles`` also ``tiles [k * n, 3]`` slot after slot, ``chunks [c, 3]`` and ``chunk_ptr [J + 1]`` in the
-        order of the groups, and the rows of a tile, a number on the host.
+        ``runs`` int32 [J, 3]: (group, first place in pairs, place after the last), slot after slot, as pairs
+        are; with ``tiles`` also ``tiles [k * n, 3]`` slot after slot, ``chunks [c, 3]`` and ``chunk_ptr [J +
+        1]`` in the order of the groups, and the rows of a tile, a number on the host.
     """
     M, k = slots_Mk.shape
     device = slots_Mk.device
@@ -57,5 +57,5 @@ def group_rows(slots_Mk: Tensor, row_tasks: Tensor | None, G: int, E: int, *, ti
         for j in range(k)
     ]
     by_group = [t.transpose(0, 1).flatten() for t in (groups, starts, sizes)]
-    chunks, chunk_ptr = cut(*by_group, chunk, room(M * k, G * k * E, chunk))  # type: ignore[arg-type]
+    chunks, chunk_ptr = cut(by_group[0], by_group[1], by_group[2], chunk, room(M * k, G * k * E, chunk))
     return [pairs, experts, runs, torch.cat(per_slot), chunks, chunk_ptr, torch.tensor(size)]

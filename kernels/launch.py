@@ -2,8 +2,8 @@
 
 :class:`Rows` says how the rows of a batch fall into groups; everything else is read off the tensors.
 
-Legend: M rows, D the wide dimension (d_in or d_out), E experts, r rank of one expert, k slots of a group, R = k*r,
-G entries of the result's task axis.
+Legend: M rows, D the wide dimension (d_in or d_out), E experts, r rank of one expert, k slots of a group, R
+= k*r, G entries of the result's task axis.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 class Rows:
     """The rows of a batch in groups.
 
-    tiles: int32 [n, 3]; chunks: int32 [c, 3] sorted by group; chunk_ptr: int32 [groups + 1]; size: rows of a tile.
-    pairs: int32, the (token, expert) pair behind each row, with ``per`` pairs a token; None: rows are the tokens.
+    tiles: int32 [n, 3]; chunks: int32 [c, 3] sorted by group; chunk_ptr: int32 [groups + 1]; size: rows of a
+        tile.
+    pairs: int32, the (token, expert) pair behind each row, with ``per`` pairs a token; None: rows are the
+        tokens.
     row_gates: gates are one row a rank row rather than one a group.
     by_expert: groups are (..., expert) in this order, each of one slot.
     """
@@ -84,9 +86,11 @@ def expand(
     y_MD: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``y + scale * (gates * rank) @ bank`` for the experts of each group, in the dtype of ``like``, ``[M, D]``.
+    """``y + scale * (gates * rank) @ bank`` for the experts of each group, in the dtype of ``like``, ``[M,
+    D]``.
 
-    gates: [groups, k], or [rows of rank, k] with ``rows.row_gates``. out: where to write; may be ``y`` itself.
+    gates: [groups, k], or [rows of rank, k] with ``rows.row_gates``. out: where to write; may be ``y``
+        itself.
     """
     E, r, D = bank_ErD.shape
     R = r * (E if slots is None else slots.shape[1])
@@ -99,9 +103,9 @@ def expand(
     if len(rows.tiles):
         with _on(like):
             low_rank_triton.expand[(len(rows.tiles), triton.cdiv(D, at.width))](
-                rank_MR, gates.contiguous(), bank_ErD, slots, rows.tiles, rows.pairs, y_MD, out, rank_MR.stride(0),
-                y_MD.stride(0), D, SCALE=scale, r=r, R=R, SLOTS=slots is not None, PAIRS=rows.pairs is not None,
-                PER=rows.per, ROW_GATES=rows.row_gates, ADD=add, BM=rows.size,
+                rank_MR, gates.contiguous(), bank_ErD, slots, rows.tiles, rows.pairs, y_MD, out,
+                rank_MR.stride(0), y_MD.stride(0), D, SCALE=scale, r=r, R=R, SLOTS=slots is not None,
+                PAIRS=rows.pairs is not None, PER=rows.per, ROW_GATES=rows.row_gates, ADD=add, BM=rows.size,
                 BR=configs.rank_bucket(R), BD=at.width, ACC=ACCUMULATORS[accumulator(like.dtype)],
                 PRECISION=_precision(like), num_warps=at.num_warps, num_stages=at.num_stages,
             )  # fmt: skip
@@ -117,8 +121,9 @@ def weight_gradient(
     rows: Rows,
     bank_GErD: Tensor,
 ) -> Tensor:
-    """``scale * (gates * rank)^T wide`` added up for each expert (and task, where G > 1), like ``bank_GErD``."""
-    G, E, r, D = bank_GErD.shape
+    """``scale * (gates * rank)^T wide`` added up for each expert (and task, where G > 1), like
+    ``bank_GErD``."""
+    E, r, D = bank_GErD.shape[1:]
     k = 1 if rows.by_expert else (E if slots is None else slots.shape[1])
     R = k * r
     rank_MR, wide_MD = _rowwise(rank_MR), _rowwise(wide_MD)
@@ -138,22 +143,24 @@ def weight_gradient(
 
 
 def reduce(part_cRD: Tensor, slots: Tensor | None, rows: Rows, like_GErD: Tensor) -> Tensor:
-    """The partial sums of the chunks added up for each expert, in a fixed order; zeros where there are none."""
+    """The partial sums of the chunks added up for each expert, in a fixed order; zeros where there are
+    none."""
     G, E, r, D = like_GErD.shape
     out = torch.empty(G, E, r, D, dtype=like_GErD.dtype, device=like_GErD.device)
     BR = triton.next_power_of_2(r)
     BD = max(16, min(1024, 4096 // BR, triton.next_power_of_2(D)))
     with _on(part_cRD):
         low_rank_triton.reduce[(G * E, triton.cdiv(D, BD))](
-            part_cRD, slots, rows.chunk_ptr, out, E, D, (len(rows.chunk_ptr) - 1) // G, k=part_cRD.shape[1] // r,
-            r=r, SLOTS=slots is not None and not rows.by_expert, BY_EXPERT=rows.by_expert, BR=BR, BD=BD,
-            ACC=ACCUMULATORS[part_cRD.dtype], num_warps=4,
+            part_cRD, slots, rows.chunk_ptr, out, E, D, (len(rows.chunk_ptr) - 1) // G,
+            k=part_cRD.shape[1] // r, r=r, SLOTS=slots is not None and not rows.by_expert,
+            BY_EXPERT=rows.by_expert, BR=BR, BD=BD, ACC=ACCUMULATORS[part_cRD.dtype], num_warps=4,
         )  # fmt: skip
     return out
 
 
 def gate_gradient(drank_MR: Tensor, rank_MR: Tensor, gates: Tensor, scale: float, rows: Rows) -> Tensor:
-    """``scale * <drank, rank>`` over the columns of each slot (and, with gates a group, over its rows), like gates."""
+    """``scale * <drank, rank>`` over the columns of each slot (and, with gates a group, over its rows), like
+    gates."""
     k = gates.shape[1]
     if rows.row_gates:
         return ((drank_MR * rank_MR).unflatten(1, (k, -1)).sum(-1) * scale).to(gates.dtype)

@@ -1,4 +1,5 @@
-"""The grouped low-rank product with gates a task: shape checks and an autograd Function over the ops of ops.py.
+"""The grouped low-rank product with gates a task: shape checks and an autograd Function over the ops of
+ops.py.
 
 Legend: M rows, K d_in, N d_out, D either, E experts, r rank of one expert, T tasks, k slots of a task,
 R = k*r, G 1 or T, H heads.
@@ -55,7 +56,8 @@ def low_rank(
     with without_autocast(x_MK):
         if ops.mode() == "reference":
             return reference.low_rank(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
-        return _LowRank.apply(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables_of(plan, x_MK))
+        tables = tables_of(plan, x_MK)
+        return _LowRank.apply(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables)
 
 
 def low_rank_averaged(

@@ -1,7 +1,7 @@
 """The ops of the grouped low-rank product on the CPU, and wherever no kernel runs.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, C columns of
-a way (E*r or R), G 1 or T.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, C
+columns of a way (E*r or R), G 1 or T.
 """
 
 from __future__ import annotations
@@ -135,10 +135,9 @@ def _way(
     acc = accumulator(by_row.dtype)
     if slots_Tk is not None:
         way = choose(tables[-2].diff(), E, slots_Tk.shape[1], r, width)
-        if way is not Dense:
+        if issubclass(way, Segments):
             return way(r, slots_Tk, tables, acc)
     return Dense(r, E, slots_Tk, tables, acc)
-
 
 
 def gate_gradient(

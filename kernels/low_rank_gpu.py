@@ -1,7 +1,7 @@
 """The ops as sequences of Triton kernels; the same signatures as in low_rank_cpu.py.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, G 1 or T,
-P = M*k pairs of a token and one of its experts.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, G 1 or
+T, P = M*k pairs of a token and one of its experts.
 """
 
 from __future__ import annotations

@@ -1,34 +1,36 @@
 """The Triton kernels of the grouped low-rank product. Only what runs on the device; launches: launch.py.
 
-The work is a long, thin one: `[M, D]` activations with D in the thousands meet `R` rank columns, R in the tens.
-A pass over an `[M, D]` tensor costs far more than the arithmetic (up to R of about 180 on a current GPU), so
-each kernel reads or writes its wide tensor once, and everything else happens in rank space. Three kernels make
-forward and backward, because with banks stored `[E, r, D]` the two directions are the same products:
+The work is a long, thin one: `[M, D]` activations with D in the thousands meet `R` rank columns, R in the
+tens. A pass over an `[M, D]` tensor costs far more than the arithmetic (up to R of about 180 on a current
+GPU), so each kernel reads or writes its wide tensor once, and everything else happens in rank space. Three
+kernels make forward and backward, because with banks stored `[E, r, D]` the two directions are the same
+products:
 
     shrink   rank = wide @ bank^T       s  = x @ A^T     dh = dy @ B^T
     expand   wide = (g * rank) @ bank   y += (g*s) @ B   dx = (g*dh) @ A
     wgrad    bank' = (g * rank)^T wide  dB = (g*s)^T dy  dA = (g*dh)^T x
 
-`reduce` adds the partial sums of wgrad in a fixed order; `gate_grad` takes the gates' gradient from `s` and `dh`,
-which are there anyway. No atomics: the same inputs give the same bits.
+`reduce` adds the partial sums of wgrad in a fixed order; `gate_grad` takes the gates' gradient from `s` and
+`dh`, which are there anyway. No atomics: the same inputs give the same bits.
 
 What all of them share:
 
 - *Rows.* The rows of a batch are cut into groups (one task each, or one expert each when rows are sorted by
-  expert). A table of tiles `[n, 3]` = (group, first row, row after the last) says what one program works on; a
-  tile never straddles a group, and one with first >= last does nothing. With `pairs`, row `i` of a tile stands for
-  the pair `p = pairs[i]` of a token and one of its `PER` experts: the wide tensor is read at row `p // PER`, the
-  rank tensor at row `p`.
-- *Columns.* The R = k * r columns of a group are those of its k experts side by side: column `c` is row `c % r` of
-  the expert in slot `c // r`, which `slots[group, c // r]` names. So four experts of rank 1 fill one tile of a
-  matrix product together, and no rank needs a case of its own. A tile has `BR` columns, a power of two >= 16 (the
-  least that a tensor core takes), the surplus masked.
-- *Numbers.* Products are summed in `ACC` (fp32; fp64 for fp64). Gates and scale act on the rank tensor, before it
-  is rounded to the wide tensor's type for the product. Row numbers are int64: M * D passes 2^31.
-- A matrix that is needed transposed is loaded transposed, through its pointers: the transpose of a product's result
-  is miscompiled for Hopper by Triton 3.4 to 3.7.0.
+  expert). A table of tiles `[n, 3]` = (group, first row, row after the last) says what one program works on;
+  a tile never straddles a group, and one with first >= last does nothing. With `pairs`, row `i` of a tile
+  stands for the pair `p = pairs[i]` of a token and one of its `PER` experts: the wide tensor is read at row
+  `p // PER`, the rank tensor at row `p`.
+- *Columns.* The R = k * r columns of a group are those of its k experts side by side: column `c` is row `c %
+  r` of the expert in slot `c // r`, which `slots[group, c // r]` names. So four experts of rank 1 fill one
+  tile of a matrix product together, and no rank needs a case of its own. A tile has `BR` columns, a power of
+  two >= 16 (the least that a tensor core takes), the surplus masked.
+- *Numbers.* Products are summed in `ACC` (fp32; fp64 for fp64). Gates and scale act on the rank tensor,
+  before it is rounded to the wide tensor's type for the product. Row numbers are int64: M * D passes 2^31.
+- A matrix that is needed transposed is loaded transposed, through its pointers: the transpose of a product's
+  result is miscompiled for Hopper by Triton 3.4 to 3.7.0.
 
-Legend: M rows, D the wide dimension (d_in or d_out), E experts, r rank of one expert, k slots of a group, R = k * r.
+Legend: M rows, D the wide dimension (d_in or d_out), E experts, r rank of one expert, k slots of a group, R
+= k * r.
 """
 
 from __future__ import annotations
@@ -38,8 +40,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _columns(first, group, slots_ptr, r: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SLOTS: tl.constexpr):
-    """Columns `first ... first + BR` of a group: (column, its mask, its slot, its row in the bank [E * r, D])."""
+def _columns(
+    first, group, slots_ptr, r: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Columns `first ... first + BR` of a group: (column, its mask, its slot, its row in the bank [E * r,
+    D])."""
     column = first + tl.arange(0, BR)
     mask = column < R
     slot = column // r
@@ -57,10 +62,9 @@ def _rows(first, end, pairs_ptr, BM: tl.constexpr, PAIRS: tl.constexpr, PER: tl.
     mask = row < end
     if PAIRS:
         rank_row = tl.load(pairs_ptr + row, mask=mask, other=0).to(tl.int64)
-        return rank_row, rank_row // PER, mask
     else:
         rank_row = row.to(tl.int64)
-        return rank_row, rank_row, mask
+    return rank_row, rank_row // PER, mask
 
 
 @triton.jit
@@ -113,11 +117,13 @@ def expand(
     PER: tl.constexpr, ROW_GATES: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[row, d] = y[row, d] + SCALE * sum_c gate[c] * rank[row, c] * bank[c, d]; out, y [M, D], rank [M, R].
+    """out[row, d] = y[row, d] + SCALE * sum_c gate[c] * rank[row, c] * bank[c, d]; out, y [M, D], rank [M,
+    R].
 
-    The sum over R is one or a few products of BM x BR by BR x BD tiles: the program has nothing to wait for but its
-    store. Bytes: 2MD written (bf16), 2MD more read when it adds to y (ADD), 4MR per column block of D from L2.
-    gates [groups, k], or one row a rank row (ROW_GATES) [M, k]. `out` may be `y`: a program reads just what it writes.
+    The sum over R is one or a few products of BM x BR by BR x BD tiles: the program has nothing to wait for
+    but its store. Bytes: 2MD written (bf16), 2MD more read when it adds to y (ADD), 4MR per column block of
+    D from L2. gates [groups, k], or one row a rank row (ROW_GATES) [M, k]. `out` may be `y`: a program reads
+    just what it writes.
     """
     tile = tl.program_id(0)
     group = tl.load(tiles_ptr + 3 * tile)
@@ -139,7 +145,9 @@ def expand(
             gate = tl.load(gates_ptr + group * (R // r) + slot, mask=column_mask, other=0.0)[None, :]
         gated = rank * (gate.to(ACC) * SCALE)
         bank = tl.load(
-            bank_ptr + bank_row[:, None] * D + d[None, :], mask=column_mask[:, None] & d_mask[None, :], other=0.0
+            bank_ptr + bank_row[:, None] * D + d[None, :],
+            mask=column_mask[:, None] & d_mask[None, :],
+            other=0.0,
         )
         typed = out_ptr.dtype.element_ty
         sums = tl.dot(gated.to(typed), bank.to(typed), sums, input_precision=PRECISION, out_dtype=ACC)
@@ -161,8 +169,9 @@ def wgrad(
 ):  # fmt: skip
     """part[chunk, c, d] = SCALE * sum over the chunk's rows of gate[c] * rank[row, c] * wide[row, d].
 
-    A chunk is a run of rows of one group, long enough that its BR x BD sums, written once, are few beside what was
-    read. Bytes: 2MD read (bf16) and 4RD a chunk written; the chunk's rank rows come from L2 but for the first time.
+    A chunk is a run of rows of one group, long enough that its BR x BD sums, written once, are few beside
+    what was read. Bytes: 2MD read (bf16) and 4RD a chunk written; the chunk's rank rows come from L2 but for
+    the first time.
     """
     chunk = tl.program_id(0)
     group = tl.load(chunks_ptr + 3 * chunk)
@@ -222,7 +231,8 @@ def gate_grad(
 
 @triton.jit
 def _add_chunks(sums, part_ptr, chunk_ptr, group, first_row, within, mask, R, D):
-    """`sums` plus the rows `first_row ...` of the partial sums [R, D] of every chunk of a group, in their order."""
+    """`sums` plus the rows `first_row ...` of the partial sums [R, D] of every chunk of a group, in their
+    order."""
     first = tl.load(chunk_ptr + group)
     end = tl.load(chunk_ptr + group + 1)
     at = part_ptr + (first.to(tl.int64) * R + first_row) * D + within
@@ -241,10 +251,11 @@ def reduce(
 ):  # fmt: skip
     """out[g, e, :, :] = the partial sums of expert e, added in the order of groups, slots and chunks.
 
-    part [chunks, k * r, D] in ACC from wgrad, chunks sorted by group; chunk_ptr [G * groups + 1] says where those of a
-    group begin; out [G, E, r, D]: entry g adds the groups g * groups ... (g + 1) * groups. The expert of a slot is read
-    from slots [G * groups, k] (SLOTS), or is the slot's own number, or, BY_EXPERT, group number modulo E (k = 1). An
-    expert that no group names gets zeros. Bytes: each partial sum once, 4GErD written.
+    part [chunks, k * r, D] in ACC from wgrad, chunks sorted by group; chunk_ptr [G * groups + 1] says where
+    those of a group begin; out [G, E, r, D]: entry g adds the groups g * groups ... (g + 1) * groups. The
+    expert of a slot is read from slots [G * groups, k] (SLOTS), or is the slot's own number, or, BY_EXPERT,
+    group number modulo E (k = 1). An expert that no group names gets zeros. Bytes: each partial sum once,
+    4GErD written.
     """
     e = tl.program_id(0) % E
     g = tl.program_id(0) // E
@@ -258,7 +269,7 @@ def reduce(
             sums = _add_chunks(sums, part_ptr, chunk_ptr, group, 0, within, mask, r, D)
     elif SLOTS:
         for group in range(g * groups, g * groups + groups):
-            for j in range(0, k):
+            for j in range(k):
                 if tl.load(slots_ptr + group * k + j) == e:
                     sums = _add_chunks(sums, part_ptr, chunk_ptr, group, j * r, within, mask, k * r, D)
     else:

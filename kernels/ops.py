@@ -3,12 +3,12 @@
 `TASKMOE_KERNELS`, read at each call, says which implementation runs:
 
 - ``auto`` (default): Triton on a GPU, plain torch on the CPU;
-- ``triton``: Triton wherever it can run: on a GPU, and on the CPU when ``TRITON_INTERPRET=1`` was set before Triton
-  was imported (its interpreter: slow, for tests);
+- ``triton``: Triton wherever it can run: on a GPU, and on the CPU when ``TRITON_INTERPRET=1`` was set before
+  Triton was imported (its interpreter: slow, for tests);
 - ``reference``: the slow truth of reference.py, differentiated by autograd.
 
-Where Triton is asked for and cannot run (not installed, a dtype that it does not take), plain torch does the work and
-a warning says so once.
+Where Triton is asked for and cannot run (not installed, a dtype that it does not take), plain torch does the
+work and a warning says so once.
 
 Legend: as in low_rank_cpu.py and token_cpu.py.
 """
@@ -139,15 +139,16 @@ OPS: dict[str, tuple[str, str, Callable[..., Any], Callable[..., Any]]] = {
         f"{_BACK}, Tensor? slots, {_TAIL}, bool[] needs", _FOUR, low_rank_cpu.low_rank_bwd, _low_rank_bwd,
     ),
     "shrink_fwd": (
-        "Tensor x, Tensor A, Tensor? slots, Tensor[] tables", "Tensor s", low_rank_cpu.shrink_fwd, _shrink_fwd,
+        "Tensor x, Tensor A, Tensor? slots, Tensor[] tables", "Tensor s",
+        low_rank_cpu.shrink_fwd, _shrink_fwd,
     ),
     "shrink_bwd": (
         "Tensor ds, Tensor x, Tensor A, Tensor? slots, Tensor[] tables, bool[] needs", "Tensor dx, Tensor dA",
         low_rank_cpu.shrink_bwd, _shrink_bwd,
     ),
     "expand_fwd": (
-        f"Tensor s, Tensor? y, Tensor B, Tensor gates, Tensor? slots, {_TAIL}, ScalarType dtype", "Tensor out",
-        low_rank_cpu.expand_fwd, _expand_fwd,
+        f"Tensor s, Tensor? y, Tensor B, Tensor gates, Tensor? slots, {_TAIL}, ScalarType dtype",
+        "Tensor out", low_rank_cpu.expand_fwd, _expand_fwd,
     ),
     "expand_bwd": (
         f"Tensor dy, Tensor s, Tensor B, Tensor gates, Tensor? slots, {_TAIL}, bool[] needs",

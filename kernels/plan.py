@@ -25,7 +25,8 @@ def tile_rows(rows: int, segments: int) -> int:
 
 
 def chunk_rows(rows: int) -> int:
-    """Rows of a chunk, a power of two in 128..1024. By a formula, not by tuning: it sets the order of sums."""
+    """Rows of a chunk, a power of two in 128..1024. By a formula, not by tuning: it sets the order of
+    sums."""
     size = 128
     while size < 1024 and size * 64 <= rows:
         size *= 2
@@ -134,9 +135,10 @@ class Plan:
     def op_tables(self, device: torch.device | str = HOST, *, tiles: bool | None = None) -> list[Tensor]:
         """What the ops take as ``tables``, cached per device; no device sync.
 
-        Row tasks, offsets and tasks on ``device``; with ``tiles`` (default: off the host) what the Triton kernels
-        walk: ``tiles [n, 3]``, ``chunks [c, 3]`` and ``chunk_ptr [T + 1]``, see :func:`cut`. Wherever those are, the
-        last two entries are offsets and tasks on the host, to be read without a sync.
+        Row tasks, offsets and tasks on ``device``; with ``tiles`` (default: off the host) what the Triton
+        kernels
+        walk: ``tiles [n, 3]``, ``chunks [c, 3]`` and ``chunk_ptr [T + 1]``, see :func:`cut`. Wherever those
+        are, the last two entries are offsets and tasks on the host, to be read without a sync.
         """
         device = torch.device(device)
         tiles = device.type != "cpu" if tiles is None else tiles
@@ -160,7 +162,9 @@ class Plan:
         return found
 
 
-def cut(groups: Tensor, starts: Tensor, sizes: Tensor, size: int, pieces: int | None = None) -> tuple[Tensor, Tensor]:
+def cut(
+    groups: Tensor, starts: Tensor, sizes: Tensor, size: int, pieces: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Cut runs of rows into pieces of at most ``size`` rows that never straddle a run.
 
     Args:
@@ -170,8 +174,8 @@ def cut(groups: Tensor, starts: Tensor, sizes: Tensor, size: int, pieces: int | 
             surplus is empty.
 
     Returns:
-        int32 ``[pieces, 3]``, (group, first row, row after the last) in the order of the runs, empty pieces with
-        last = first; int32 ``[S + 1]``, where the pieces of each run begin.
+        int32 ``[pieces, 3]``, (group, first row, row after the last) in the order of the runs, empty pieces
+        with last = first; int32 ``[S + 1]``, where the pieces of each run begin.
     """
     sizes = sizes.long()
     begins = torch.zeros(len(sizes) + 1, dtype=torch.int64, device=sizes.device)

@@ -49,7 +49,8 @@ def low_rank(
 
 
 def shrink(x_MK: Tensor, A_GErK: Tensor, slots_Tk: Tensor | None, plan: Plan) -> Tensor:
-    """``s[m, j*r + i] = A[slots[t, j], i] x[m]`` in fp32 or better; see :func:`taskmoe.kernels.split.shrink`."""
+    """``s[m, j*r + i] = A[slots[t, j], i] x[m]`` in fp32 or better; see
+    :func:`taskmoe.kernels.split.shrink`."""
     wide = torch.promote_types(x_MK.dtype, torch.float32)
     E, r = A_GErK.shape[1:3]
     k = E if slots_Tk is None else slots_Tk.shape[1]

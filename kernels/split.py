@@ -1,11 +1,12 @@
 """The grouped low-rank product in its two halves, and what can be built from them.
 
-:func:`shrink` takes the rows into rank space, :func:`expand` takes them back, each with its own gradient. Linears
-that read the same rows (q, k, v; gate, up) share one shrink: x is read once, and its gradient is written once. And a
-method whose core matrix is not block-diagonal puts a small product in between: :func:`low_rank_core`.
+:func:`shrink` takes the rows into rank space, :func:`expand` takes them back, each with its own gradient.
+Linears that read the same rows (q, k, v; gate, up) share one shrink: x is read once, and its gradient is
+written once. And a method whose core matrix is not block-diagonal puts a small product in between:
+:func:`low_rank_core`.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, G 1 or T,
-S siblings.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, G 1 or
+T, S siblings.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def shrink(
 ) -> list[Tensor]:
     """``s[m, j*r + i] = A[slots[t, j], i] x[m]`` for each of S banks, with one pass over ``x``.
 
-    The banks of all siblings stand side by side as one bank of S*E experts, a copy that is small beside ``x``.
+    The banks of all siblings stand side by side as one bank of S*E experts, a copy that is small beside
+    ``x``.
 
     Args:
         x_MK: rows in the order of ``plan``, any floating dtype.
@@ -93,9 +95,10 @@ def low_rank_core(
 ) -> Tensor:
     """``y + scale * B^T M_t A x`` for each row of task ``t``, with any core matrix ``M_t``.
 
-    Rank-1 experts mixed and matched (T-REX; a full gate matrix), one A for many B (HydraLoRA, arXiv 2404.19245:
-    ``M_t`` stacks ``g_te I_r``), MTL-LoRA (arXiv 2410.09437: ``M_t`` stacks ``w_tj Lambda_t``). The small product in
-    the middle is a shrink of rank-space rows, with the core matrices as the bank of T experts.
+    Rank-1 experts mixed and matched (T-REX; a full gate matrix), one A for many B (HydraLoRA, arXiv
+    2404.19245: ``M_t`` stacks ``g_te I_r``), MTL-LoRA (arXiv 2410.09437: ``M_t`` stacks ``w_tj Lambda_t``).
+    The small product in the middle is a shrink of rank-space rows, with the core matrices as the bank of T
+    experts.
 
     Args:
         x_MK, y_MN, scale, plan: as in :func:`taskmoe.kernels.low_rank.low_rank`.
@@ -109,10 +112,10 @@ def low_rank_core(
         ValueError: shapes that do not fit.
     """
     T, Q, R = core_TQR.shape
-    if A_GRK.shape[1] != R or B_GQN.shape[1] != Q or T != plan.num_tasks:
+    if A_GRK.shape[1] != R or B_GQN.shape[1] != Q or plan.num_tasks != T:
         raise ValueError(
-            f"core is {tuple(core_TQR.shape)}; A with {A_GRK.shape[1]} and B with {B_GQN.shape[1]} rows and a plan "
-            f"of {plan.num_tasks} tasks ask for {(plan.num_tasks, B_GQN.shape[1], A_GRK.shape[1])}"
+            f"core is {tuple(core_TQR.shape)}; the rows of B and A and the tasks of the plan ask for "
+            f"{(plan.num_tasks, B_GQN.shape[1], A_GRK.shape[1])}"
         )
     dtype = x_MK.dtype if y_MN is None else y_MN.dtype
     own = torch.arange(T, device=x_MK.device)[:, None]
@@ -185,22 +188,20 @@ class _Expand(torch.autograd.Function):
         return ds, dy if need_y else None, dB, dgates, None, None, None, None
 
 
-def _check_shrink(
-    x_MK: Tensor, banks: Sequence[Tensor], slots: Sequence[Tensor | None], plan: Plan
-) -> None:
+def _check_shrink(x_MK: Tensor, banks: Sequence[Tensor], slots: Sequence[Tensor | None], plan: Plan) -> None:
     if not banks or len(slots) != len(banks):
-        raise ValueError(f"{len(banks)} banks and {len(slots)} slots; give one or more banks, and slots for each")
+        raise ValueError(f"{len(banks)} banks and {len(slots)} slots; give banks, and slots for each")
     shape = banks[0].shape
     if len(shape) != 4 or any(b.shape != shape for b in banks):
         raise ValueError(f"banks are {[tuple(b.shape) for b in banks]}; they must be [G, E, r, K], all alike")
     if shape[0] not in (1, plan.num_tasks):
-        raise ValueError(f"banks have a task axis of {shape[0]}; it must be 1 or the plan's {plan.num_tasks} tasks")
+        raise ValueError(f"banks have a task axis of {shape[0]}; it must be 1 or {plan.num_tasks} tasks")
     if x_MK.shape != (plan.rows, shape[3]):
         raise ValueError(f"x is {tuple(x_MK.shape)}; the plan and the banks ask for {(plan.rows, shape[3])}")
     found = [None if s is None else (tuple(s.shape), s.dtype) for s in slots]
     good = [None, ((plan.num_tasks, found[0][0][1]), torch.int64)] if found[0] is not None else [None]
     if any(f != found[0] for f in found) or found[0] not in good:
-        raise ValueError(f"slots are {found}; give int64 expert ids [{plan.num_tasks}, k] for each bank, or none")
+        raise ValueError(f"slots are {found}; give int64 ids [{plan.num_tasks}, k] for each bank, or none")
 
 
 def _check_expand(
@@ -212,7 +213,7 @@ def _check_expand(
     _, E, r, N = B.shape
     k = gates.shape[-1]
     if gates.shape != (T, k) or (slots is None and k != E):
-        raise ValueError(f"gates are {tuple(gates.shape)}; they must be [{T}, k], k = {E} experts without slots")
+        raise ValueError(f"gates are {tuple(gates.shape)}; they must be [{T}, k], without slots k = {E}")
     if slots is not None and (slots.shape != gates.shape or slots.dtype != torch.int64):
         raise ValueError(
             f"slots are {tuple(slots.shape)} {slots.dtype}; they must be int64 of shape {tuple(gates.shape)}"

@@ -1,7 +1,7 @@
 """Token-level gates on the CPU, and wherever no kernel runs: every expert densely, or rows sorted by expert.
 
-Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, k slots of a token, C = E*r, R = k*r, G 1 or T,
-P = M*k pairs of a token and one of its experts.
+Legend: M rows, K d_in, N d_out, E experts, r rank of one expert, k slots of a token, C = E*r, R = k*r, G 1
+or T, P = M*k pairs of a token and one of its experts.
 """
 
 from __future__ import annotations

@@ -27,13 +27,13 @@ def gated_low_rank(
 ) -> Tensor:
     """``y + scale * sum_e gates[m, e] * B_e^T (A_e x)`` for each row ``m``: every expert meets every row.
 
-    Nothing is sorted, and x and y are passed over once. For E * r up to about 256 that is as cheap as meeting the
-    chosen experts alone (LoRAMoE, SMoRA, rank-1 experts; sparse gates are gates of zero); beyond,
-    :func:`grouped_low_rank`.
+    Nothing is sorted, and x and y are passed over once. For E * r up to about 256 that is as cheap as
+    meeting the chosen experts alone (LoRAMoE, SMoRA, rank-1 experts; sparse gates are gates of zero);
+    beyond, :func:`grouped_low_rank`.
 
     Args:
-        x_MK, y_MN, A_GErK, B_GErN, scale, plan: as in :func:`taskmoe.kernels.low_rank.low_rank`; the plan serves
-            the task axis alone.
+        x_MK, y_MN, A_GErK, B_GErN, scale, plan: as in :func:`taskmoe.kernels.low_rank.low_rank`; the plan
+            serves the task axis alone.
         gates_ME: one gate a row and expert, any floating dtype.
 
     Returns:
@@ -66,15 +66,16 @@ def grouped_low_rank(
 ) -> Tensor:
     """``y + scale * sum_j gates[m, j] * B[slots[m, j]]^T (A[slots[m, j]] x)`` for each row ``m``.
 
-    Rows are sorted by expert, once for each of the k slots; the cost follows k * r, not E * r. Rows that choose
-    their experts together (one choice a sequence, say) are cheaper as tasks of
+    Rows are sorted by expert, once for each of the k slots; the cost follows k * r, not E * r. Rows that
+    choose their experts together (one choice a sequence, say) are cheaper as tasks of
     :func:`taskmoe.kernels.low_rank.low_rank`, where each row is met once for all k.
 
     Args:
-        x_MK, y_MN, A_GErK, B_GErN, scale, plan: as in :func:`taskmoe.kernels.low_rank.low_rank`; the plan serves
-            the task axis alone.
+        x_MK, y_MN, A_GErK, B_GErN, scale, plan: as in :func:`taskmoe.kernels.low_rank.low_rank`; the plan
+            serves the task axis alone.
         gates_Mk: one gate a row and slot, any floating dtype.
-        slots_Mk: int64 expert ids; an expert may fill two slots of a row. Ids outside ``0..E - 1`` are not checked.
+        slots_Mk: int64 expert ids; an expert may fill two slots of a row. Ids outside ``0..E - 1`` are not
+            checked.
 
     Returns:
         ``[M, N]`` in the dtype of ``y`` (of ``x`` without ``y``).
@@ -143,9 +144,7 @@ class _TokenLevel(torch.autograd.Function):
         return dx, dy if need_y else None, dA, dB, dgates, None, None, None
 
 
-def _check(
-    x_MK: Tensor, y_MN: Tensor | None, A: Tensor, B: Tensor, gates: Tensor, plan: Plan
-) -> int:
+def _check(x_MK: Tensor, y_MN: Tensor | None, A: Tensor, B: Tensor, gates: Tensor, plan: Plan) -> int:
     """The number of experts."""
     if A.dim() != 4 or B.dim() != 4 or A.shape[:3] != B.shape[:3]:
         raise ValueError(

@@ -1,12 +1,12 @@
 """Three ways to multiply rows by the experts of their task, in plain torch, and which one costs least.
 
-:class:`Dense` multiplies every row by every expert and lets the gates (zero where a task does not use an expert)
-pick; :class:`Segments` walks the plan and gathers the slots of each task; :class:`Equal` does the same for segments
-of one length, all of them in one batched product. Each knows the same moves; the ops of low_rank_cpu.py are made of
-them.
+:class:`Dense` multiplies every row by every expert and lets the gates (zero where a task does not use an
+expert) pick; :class:`Segments` walks the plan and gathers the slots of each task; :class:`Equal` does the
+same for segments of one length, all of them in one batched product. Each knows the same moves; the ops of
+low_rank_cpu.py are made of them.
 
-Legend: M rows, D a wide dimension, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, C columns
-of a way (E*r or R), G 1 or T, S segments, L rows of a segment.
+Legend: M rows, D a wide dimension, E experts, r rank of one expert, T tasks, k slots of a task, R = k*r, C
+columns of a way (E*r or R), G 1 or T, S segments, L rows of a segment.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In multiply-adds, measured on one CPU core: what one more segment costs (dispatch, and with several slots a task
-# the gather and the scatter of their bank rows), ...
+# In multiply-adds, measured on one CPU core: what one more segment costs (dispatch, and with several slots a
+# task the gather and the scatter of their bank rows), ...
 SINGLE = 2**19
 SEVERAL = 2**21
-# ... what an element costs that is gathered, and how much dearer a multiply-add is in a batch of small products.
+# ... what an element costs that is gathered, and how much dearer a multiply-add is in a batch of small
+# products.
 GATHER = 8
 BATCHED = 1.5
 
@@ -39,7 +40,10 @@ def choose(sizes_S: Tensor, E: int, k: int, r: int, width: int) -> type[Dense] |
     if not S:
         return Dense
     rows, L = int(sizes_S.sum()), int(sizes_S[0])
-    cost = {Dense: rows * E * r * width, Segments: rows * k * r * width + S * (SINGLE if k == 1 else SEVERAL)}
+    cost: dict[type[Dense] | type[Segments], float] = {
+        Dense: rows * E * r * width,
+        Segments: rows * k * r * width + S * (SINGLE if k == 1 else SEVERAL),
+    }
     if bool((sizes_S == L).all()):
         cost[Equal] = rows * k * r * width * BATCHED + S * k * r * width * GATHER
     return min(cost, key=lambda way: cost[way])
@@ -76,8 +80,8 @@ class Dense:
         return grad.view(bank_GErD.shape).to(bank_GErD.dtype)
 
     def gates(self, gates_Tk: Tensor, scale: float) -> Tensor:
-        """Gates times scale at every row and column, ``[M, C]`` or ``[1, C]``; a column that a task does not use
-        gets 0, one that it uses twice the sum."""
+        """Gates times scale at every row and column, ``[M, C]`` or ``[1, C]``; a column that a task does not
+        use gets 0, one that it uses twice the sum."""
         scaled_Tk = gates_Tk.to(self.acc) * scale
         if self.slots_Tk is not None:
             dense = scaled_Tk.new_zeros(scaled_Tk.shape[0], self.E)

@@ -12,7 +12,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 @pytest.fixture(params=[Dense, Segments, Equal], ids=lambda way: way.__name__)
 def way(request, monkeypatch) -> type:
-    """Each way through the CPU path, whatever the shape would choose; Equal where all segments are of one length."""
+    """Each way through the CPU path, whatever the shape would choose; Equal where all segments are of one
+    length."""
 
     def forced(sizes_S, *_):
         equal = len(sizes_S) > 0 and bool((sizes_S == sizes_S[0]).all())
