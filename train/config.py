@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 
 __all__ = ["Config", "ConfigError", "DataConfig", "DatasetConfig", "EvaluationConfig", "MixingConfig",
-           "PhaseConfig", "SkillGymConfig", "TokenizerConfig", "TrackConfig"]  # fmt: skip
+           "PhaseConfig", "SkillGymConfig", "SurgeryConfig", "TokenizerConfig", "TrackConfig"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,23 @@ class PhaseConfig:
     restart_schedule: bool = False  # warm-up and decay begin anew here; False: one schedule over the run
 
 
+SURGERY_WAYS = ("auto", "fused", "separate", "slices")
+SURGERY_SCOPES = ("all", "experts", "routers", "layer")
+
+
+@dataclass(frozen=True)
+class SurgeryConfig:
+    """How the tasks' gradients are combined where they conflict; without a method they are summed."""
+
+    method: str | None = None  # sum | mean | pcgrad | upgrad | cagrad | ... (taskmoe.train.surgery)
+    options: dict | None = None  # of the method, for example {reduction: mean}
+    scope: str = "all"  # all shared parameters | experts | routers | layer (all, layer by layer)
+    way: str = "auto"  # fused (one backward pass) | separate (one a task) | slices (one a task's rows) | auto
+    refresh_every: int = 1  # steps that use the same weights
+    max_tasks: int = 16  # rows of the Gramian; above it tasks share rows, in random groups
+    matrix_steps: int | None = None  # every so many steps log the cosine of every pair of tasks
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured, and on how much."""
@@ -166,6 +183,7 @@ class Config:
     warmup_steps: int | None = None
     loss_reduction: str = "token"  # token | task | sample
     task_weights: dict[str, float] | None = None  # loss weight per task, default 1
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     label_smoothing_factor: float = 0.0
     bf16: bool = False
     gradient_checkpointing: bool = False

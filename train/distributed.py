@@ -178,6 +178,18 @@ def all_max(tensor: torch.Tensor) -> torch.Tensor:
     return _reduced(tensor, dist.ReduceOp.MAX)
 
 
+def scatter_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """[W, ...] on each of W ranks -> [...]: entry `rank` of the sum over the ranks, on the same device."""
+    if not _several():
+        return tensor[0]
+    given = tensor.to(_collective_device()).contiguous()
+    result = torch.empty_like(given[0])
+    # torch 2.13 renamed it.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(result.view(-1), given.view(-1))
+    return result.to(tensor.device)
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank when `flag` is true on at least one. A collective: all ranks must call it."""
     return bool(all_max(torch.tensor([int(flag)])).item())
@@ -244,8 +256,13 @@ def barrier() -> None:
         all_max(torch.zeros(1))
 
 
+def world_size() -> int:
+    """The number of ranks, 1 where no group was joined."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def _several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 def _collective_device() -> torch.device:

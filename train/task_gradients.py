@@ -1,0 +1,318 @@
+"""The gradient of each task, exactly, and their combination; in any torch training loop.
+
+    grads = TaskGradients(model)
+    with grads:
+        model(**batch, task_ids=ids).loss.backward()
+    grads.combine("pcgrad", step=step)  # p.grad is now the combination; clip and step as ever
+
+The gradient of a task is what the batch's rows of that task contribute to the loss. That holds where each row
+of the loss depends on rows of its own task alone; terms that couple tasks (in-batch negatives, balance) are
+back-propagated after ``combine``, outside the ``with``.
+
+Legend: R rows of J (a task each, or a group of tasks), T tasks of the step, S routing groups, H heads, k
+slots a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taskmoe.moe import TaskError, TaskMoEModel
+from taskmoe.moe.targets import routing_group
+from taskmoe.moe.task_ids import read_task_ids
+from taskmoe.train.config import ConfigError
+from taskmoe.train.distributed import Ranks, all_sum, world_size
+from taskmoe.train.router_gradients import RouterGradients
+from taskmoe.train.surgery.combine import Surgery
+from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+from taskmoe.train.task_matrix import TaskMatrix
+from taskmoe.train.task_scope import choose_way, find_scope
+
+Weights = Mapping[str, Mapping[int, float]]  # {group of parameters: {task id: weight}}
+Gathered = Callable[[Mapping[str, nn.Parameter]], AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What :meth:`TaskGradients.combine` did.
+
+    rows: the task ids of each row. gramians: {group of parameters: fp64 [R, R] on the CPU, of the gradients
+    averaged over ranks}. weights: {group: fp64 [R]}; None for methods without one weight a row.
+    """
+
+    rows: list[list[int]]
+    gramians: dict[str, Tensor]
+    weights: dict[str, Tensor] | None
+
+
+class TaskGradients:
+    """Collects the gradients of tasks over any number of backward passes, then combines them into ``p.grad``.
+
+    ``way``: ``fused`` takes them from one ordinary backward pass whose forward pass also stands inside the
+    ``with``; ``separate`` asks for one loss a task (:meth:`backward`), and serves any parameter; ``auto`` is
+    fused where all that is shared are banks and routers. Parameters of one task alone (its head, its row of
+    the router's table) and those out of ``scope`` keep their plain gradient.
+
+    Gradients of shared parameters must be cleared before the first pass. Works with both kinds of activation
+    checkpointing.
+
+    Args:
+        task_ids: the tasks of the step (ids or names, repeats do not matter); None: tasks get a row as they
+            come.
+        scope: ``all``, ``experts``, ``routers``, or ``layer`` (all, combined layer by layer).
+        max_tasks: above so many ``task_ids``, tasks share rows (:func:`fold`).
+        seed: of random choices: groups of tasks, a method's order.
+        ranks: where the passes of other ranks belong to the same step; rows are then set by :meth:`begin`,
+            equal on all ranks, and every method is a collective.
+        gathered: makes partitioned parameters whole inside (ZeRO-3).
+
+    Raises:
+        ConfigError: an unknown way or scope, nothing shared in scope, or ``fused`` where other parameters
+            than banks and routers are in scope.
+        TaskError: an unknown task.
+    """
+
+    def __init__(
+        self,
+        model: TaskMoEModel,
+        task_ids: Any = None,
+        *,
+        way: str = "auto",
+        scope: str = "all",
+        max_tasks: int | None = None,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+        gathered: Gathered | None = None,
+    ) -> None:
+        self.model, self.seed = model, seed
+        self.scope = find_scope(model, scope)
+        if not self.scope.shared:
+            raise ConfigError(f"surgery.scope: {scope!r} holds no trainable parameter that tasks share")
+        self.way = choose_way(way, self.scope)
+        if ranks is None and world_size() > 1:
+            raise RuntimeError("several ranks run: give ranks, or each combines what it sees alone")
+        shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self.scope.shared.items()}
+        place = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
+        self.matrix = TaskMatrix(shapes, *place, eager=self.way == "fused")
+        self._names = {id(p): n for n, p in self.scope.shared.items()}
+        self._group = {n: g for g, names in self.scope.groups.items() for n in names}
+        self._routers = RouterGradients(model, self.scope.routers, gathered or (lambda _: nullcontext()))
+        self._open, self._step, self._combines = False, 0, 0
+        ids = None if task_ids is None else _flat(read_task_ids(task_ids, model.tasks))
+        if max_tasks is not None and ids is None:
+            raise ConfigError("surgery.max_tasks: folding needs the tasks of the step; give task_ids")
+        self.begin(None if ids is None else fold(ids, max_tasks, seed, 0))
+
+    def begin(self, rows: Mapping[int, int] | None, weights: Weights | None = None) -> None:
+        """Forget what was collected. A step with these rows follows ({task id: row}; None: as they come).
+
+        With ``weights`` nothing is collected: the one backward pass combines with them as it goes (fused).
+        """
+        self._fixed, self._weights = rows is not None, weights
+        self.rows: dict[int, int] = dict(rows or {})
+        self.matrix.clear(len(set(self.rows.values())))
+        self._routers.clear()
+
+    # -- collecting ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> TaskGradients:
+        if self.way == "fused":
+            self.model.parts = self
+        if not self._open:
+            self._open = True
+            stale = [n for n, p in self.scope.shared.items() if p.grad is not None and p.grad.any()]
+            if stale:
+                raise RuntimeError(
+                    f"{stale[0]} has a gradient already; clear them first (optimizer.zero_grad())"
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.model.parts = None
+
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Whether its gradient is taken from the one backward pass (:class:`taskmoe.moe.parts.Parts`)."""
+        return id(parameter) in self._names
+
+    def keep(self, parameter: nn.Parameter, tasks: Sequence[int], parts: Tensor) -> Tensor | None:
+        """Add [Tb, *shape], or weigh it (:class:`taskmoe.moe.parts.Parts`)."""
+        name = self._names[id(parameter)]
+        if self._weights is not None:
+            kept = self._weights[self._group[name]]
+            weights = torch.tensor([kept.get(t, 1.0) for t in tasks], dtype=parts.dtype, device=parts.device)
+            return parts * weights.view(-1, *[1] * (parts.dim() - 1))
+        known = [i for i, t in enumerate(tasks) if self._row(t) is not None]
+        rows = [self.rows[tasks[i]] for i in known]
+        self.matrix.add(name, rows, parts if len(known) == len(tasks) else parts[known])
+        return None
+
+    def keep_gates(self, tasks: Sequence[int], gradient_STHk: Tensor) -> None:
+        """Add the gates' gradient (:class:`taskmoe.moe.parts.Parts`)."""
+        for task in tasks:
+            self._row(task)
+        self._routers.add(tasks, gradient_STHk)
+
+    def backward(self, losses: Mapping[Any, Tensor]) -> None:
+        """One backward pass a task on the retained graph (way ``separate``): {task id or name: its loss}."""
+        shared = self.scope.shared
+        before = {n: p.grad for n, p in shared.items()}
+        for p in shared.values():
+            p.grad = None
+        for i, (task, loss) in enumerate(losses.items()):
+            loss.backward(retain_graph=i + 1 < len(losses))
+            self.harvest(_flat(read_task_ids([task], self.model.tasks))[0])
+        for n, p in shared.items():
+            p.grad = before[n]
+
+    def harvest(self, task: int) -> None:
+        """Move what a backward pass of this task's loss alone left on the shared parameters to its row."""
+        row = self._row(task)
+        for name, p in self.scope.shared.items():
+            if p.grad is not None:
+                if row is not None:
+                    self.matrix.add(name, [row], p.grad.unsqueeze(0).clone())
+                p.grad.zero_()
+
+    def _row(self, task: int) -> int | None:
+        if task not in self.rows:
+            if self.matrix.world_size > 1:
+                return None  # no target of this task in the whole step: its gradient is zero
+            if self._fixed:
+                name = self.model.tasks.names[task]
+                raise TaskError(f"task {name!r} is in the batch but not among the task_ids of TaskGradients")
+            self.rows[task] = self.matrix.num_rows
+            self.matrix.num_rows += 1
+        return self.rows[task]
+
+    # -- combining -------------------------------------------------------------------------------------------
+
+    def combine(
+        self, method: str | Surgery | DirectSurgery = "pcgrad", step: int | None = None, **options: Any
+    ) -> Combination:
+        """Combine what was collected into ``p.grad`` of the shared parameters, and forget it.
+
+        Args:
+            method: a name of ``surgery.METHODS`` or ``DIRECT`` with its ``options``, or an object that keeps
+                its state from step to step.
+            step: of the optimiser; fixes random choices. Default: the number of calls before this one.
+
+        Raises:
+            RuntimeError: nothing was collected.
+            SurgeryError: gradients that are not finite.
+        """
+        if isinstance(method, str):
+            method = (DirectSurgery if method in DIRECT else Surgery)(method, options, self.seed)
+        step = self._combines if step is None else step
+        self._combines += 1
+        if not self.rows:
+            raise RuntimeError(
+                "no task's gradient was collected: the forward pass must stand inside the `with` as well"
+                if self.way == "fused"
+                else "no task's gradient was collected: call grads.backward({task: loss, ...})"
+            )
+        self.matrix.reduce()
+        self._route()
+        rows = self.row_tasks()
+        gramians = self._gramians()
+        firsts = [tasks[0] for tasks in rows]
+        weights: dict[str, Tensor] | None = None
+        if isinstance(method, DirectSurgery):
+            self._hand_in(self._direct(method, step, firsts))
+        else:
+            weights = {g: method.weights(G_RR, step, firsts) for g, G_RR in gramians.items()}
+            self._weigh(weights)
+        self._open = False
+        self.begin(None if not self._fixed else self.rows)
+        return Combination(rows, gramians, weights)
+
+    def finish_weighted(self) -> None:
+        """The end of a step that :meth:`begin` was given weights for: the routers' shared parameters."""
+        assert self._weights is not None
+        if self._routers.names:
+            self._route()
+            order = [tasks[0] for tasks in self.row_tasks()]
+            for group, kept in self._weights.items():
+                w_R = torch.tensor([kept.get(t, 1.0) for t in order], dtype=torch.float64)
+                names = [n for n in self.scope.groups[group] if n in self.scope.routers]
+                self._hand_in({n: self.matrix.weighted(n, w_R) for n in names})
+        self.begin(None if not self._fixed else self.rows)
+
+    def row_tasks(self) -> list[list[int]]:
+        """The task ids of each row."""
+        found: list[list[int]] = [[] for _ in range(self.matrix.num_rows)]
+        for task, row in self.rows.items():
+            found[row].append(task)
+        return found
+
+    def _route(self) -> None:
+        if self.way == "fused":
+            for name, parts in self._routers.rows(self.rows, self.matrix.num_rows).items():
+                self.matrix.add_whole(name, parts)
+
+    def _gramians(self) -> dict[str, Tensor]:
+        groups = self.scope.groups
+        G_SRR = all_sum(torch.stack([self.matrix.gramian(names) for names in groups.values()]))
+        # The passes were scaled by the number of ranks, over which an engine averages.
+        G_SRR = G_SRR / self.matrix.world_size**2
+        return dict(zip(groups, G_SRR, strict=True))
+
+    def _weigh(self, weights: Mapping[str, Tensor]) -> None:
+        for group, w_R in weights.items():
+            # In the one backward pass p.grad has become the plain sum: it stays, bit for bit.
+            if self.way != "fused" or not bool((w_R == 1).all()):
+                self._hand_in({n: self.matrix.weighted(n, w_R) for n in self.scope.groups[group]})
+
+    def _direct(self, method: DirectSurgery, step: int, rows: Sequence[int]) -> dict[str, Tensor | None]:
+        """For methods that see J itself; scaled back to what the passes were scaled by."""
+        W, matrix = self.matrix.world_size, self.matrix
+        layers: dict[str, list[str]] = {}
+        for name in self.scope.shared:
+            layers.setdefault(routing_group(name, "layer"), []).append(name)
+        names = [n for members in layers.values() for n in members]
+        reference = next(b for b in map(matrix.block, names) if b is not None)
+        blocks = []
+        for n in names:
+            block = matrix.block(n)
+            blocks.append(reference.new_zeros(len(rows), matrix.columns(n)) if block is None else block)
+        J_RP = torch.cat(blocks, dim=1) / W
+        sizes = [sum(matrix.columns(n) for n in members) for members in layers.values()]
+        offset = matrix.rank * J_RP.shape[1]
+        combined = method.combine(J_RP, sizes, step, rows, offset=offset, reduce=all_sum) * W
+        return dict(zip(names, combined.split([matrix.columns(n) for n in names]), strict=True))
+
+    def _hand_in(self, columns: Mapping[str, Tensor | None]) -> None:
+        """Each rank gives its columns, zeros elsewhere: the engine's own reduction puts them together."""
+        for name, columns_s in columns.items():
+            p = self.scope.shared[name]
+            if columns_s is None:
+                if p.grad is not None:
+                    p.grad.zero_()
+                continue
+            whole = self.matrix.place(name, columns_s)
+            if p.grad is None:
+                p.grad = whole.to(p.dtype)
+            else:
+                p.grad.copy_(whole)  # in place: under ZeRO-3 the parameter itself is not whole here
+
+
+def fold(tasks: Sequence[int], max_tasks: int | None, seed: int, step: int) -> dict[int, int]:
+    """{task: row}: a row each in the order of the ids, or, above ``max_tasks``, random groups of equal size.
+
+    The groups are drawn from (seed, step): tasks that meet in one do not meet in all.
+    """
+    ids = sorted(set(tasks))
+    if max_tasks is None or len(ids) <= max_tasks:
+        return {task: row for row, task in enumerate(ids)}
+    order = np.random.default_rng([seed, step, 5]).permutation(len(ids))
+    return {ids[i]: place % max_tasks for place, i in enumerate(order)}
+
+
+def _flat(ids: Sequence[Any]) -> list[int]:
+    return [t for row in ids for t in (row if isinstance(row, (list, tuple)) else [row])]
