@@ -60,7 +60,7 @@ class CoBa(Balancing):
         bad_T = torch.isinf(losses_T) | (fresh_T & (losses_T <= 0))  # each is divided by its first
         if bad_T.any():
             tasks = ", ".join(map(str, bad_T.nonzero().squeeze(1).tolist()))
-            raise BalancingError(f"coba: the validation loss of task {tasks} is infinite, or not > 0 at first")
+            raise BalancingError(f"coba: the validation loss of task {tasks} is infinite, or starts at 0")
         self._first_T = torch.where(fresh_T, losses_T, self._first_T)
         self._ratios_nT = torch.cat([self._ratios_nT, (losses_T / self._first_T)[None]])[-self.history :]
         self._seen += 1
