@@ -86,7 +86,7 @@ def test_a_task_without_validation_rows_keeps_its_weight() -> None:
 
 
 def test_validation_losses_that_cannot_be_used_are_named() -> None:
-    with pytest.raises(BalancingError, match="coba: the validation loss of task 1 is .* or starts at 0"):
+    with pytest.raises(BalancingError, match=r"coba: the validation loss of task 1 is .* or starts at 0"):
         Balancer("coba", 2).on_validation(torch.tensor([1.0, 0.0]))
     with pytest.raises(BalancingError, match="task 0 is infinite"):
         Balancer("coba", 2).on_validation(torch.tensor([math.inf, 1.0]))
