@@ -183,7 +183,7 @@ def grouped_fwd(
     rows, experts = _grouped(groups, gates_Mk.shape[1])
     s_Pr = shrink(x_MK, A_GErK[0], experts, rows, gates_Mk.numel())
     out = _expand_slots(s_Pr, gates_Mk, B_GErN[0], experts, scale, rows, x_MK, y_MN)
-    return out, s_Pr.view(len(x_MK), -1)
+    return out, s_Pr.view(len(x_MK), gates_Mk.shape[1] * s_Pr.shape[1])
 
 
 def grouped_bwd(
@@ -202,7 +202,7 @@ def grouped_bwd(
     need_x, need_A, need_B, need_gates = needs
     dx, dA, dB, dgates = (x_MK.new_empty(0) for _ in needs)
     rows, experts = _grouped(groups, gates_Mk.shape[1])
-    s_Pr, gates_P1 = s_MR.view(gates_Mk.numel(), -1), gates_Mk.reshape(-1, 1)
+    s_Pr, gates_P1 = s_MR.view(gates_Mk.numel(), A_GErK.shape[2]), gates_Mk.reshape(-1, 1)
     if need_x or need_A or need_gates:
         dh_Pr = shrink(dy_MN, B_GErN[0], experts, rows, len(s_Pr))
         if need_x:

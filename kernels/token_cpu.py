@@ -93,7 +93,7 @@ def grouped_fwd(
         s_Pr[pairs] = s
         h = (s * scaled_P1[pairs]).to(dtype)
         out_MN.index_add_(0, tokens, torch.mm(h, B_ErN[expert]).to(acc))  # a token stands once in a run
-    return out_MN.to(dtype), s_Pr.view(len(x_MK), -1)
+    return out_MN.to(dtype), s_Pr.view(len(x_MK), k * r)
 
 
 def grouped_bwd(
@@ -114,7 +114,7 @@ def grouped_bwd(
     k, acc, dtype, G = gates_Mk.shape[1], s_MR.dtype, x_MK.dtype, A_GErK.shape[0]
     A_ErK, B_ErN = A_GErK[0].to(dtype), B_GErN[0].to(dtype)
     scaled_P1 = gates_Mk.reshape(-1, 1).to(acc) * scale
-    s_Pr = s_MR.reshape(scaled_P1.shape[0], -1)
+    s_Pr = s_MR.reshape(scaled_P1.shape[0], A_GErK.shape[2])
     if need_x:
         dx = x_MK.new_zeros(x_MK.shape, dtype=acc)
     if need_A:
