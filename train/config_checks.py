@@ -10,7 +10,7 @@ from typing import Any
 
 from taskmoe.moe.config import SCOPES, TaskMoEConfig
 from taskmoe.train import deepspeed_config
-from taskmoe.train.config import Config, MixingConfig
+from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, ConfigError, MixingConfig
 from taskmoe.train.config_decode import Decoder, leaves
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.mixing import MIXTURES
@@ -43,6 +43,8 @@ CHOICES: dict[str, Collection[str]] = {
     "optim": ("adamw_torch", "sgd"),
     "lr_scheduler_type": SCHEDULES,
     "loss_reduction": ("token", "task", "sample"),
+    "surgery.scope": SURGERY_SCOPES,
+    "surgery.way": SURGERY_WAYS,
     "eval_split": ("train", "validation", "test"),
     "metric_for_best_model": ("score", "loss"),
     "report_to": ("wandb", "none"),
@@ -72,6 +74,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
             "early_stopping_patience",
+            *(f"surgery.{k}" for k in ("refresh_every", "max_tasks", "matrix_steps")),
         ),
         _COUNT,
     ),
@@ -126,12 +129,14 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
     if config.deepspeed is not None:
         deepspeed_config.read(config.deepspeed)
     _check_registries(config.moe, check)
+    if config.surgery.method is not None:
+        _check_surgery(config, check)
 
 
 def choices(path: str) -> Collection[str] | None:
     """The values a key may have, where they are a list of names.
 
-    Those of routers and gates are read from their registries, which imports torch.
+    Those of routers, gates and surgery are read from their registries, which imports torch.
     """
     if path == "moe.router":
         from taskmoe.moe.routers import ROUTERS
@@ -141,6 +146,11 @@ def choices(path: str) -> Collection[str] | None:
         from taskmoe.moe.gates import GATES
 
         return GATES
+    if path == "surgery.method":
+        from taskmoe.train.surgery.combine import METHODS
+        from taskmoe.train.surgery.direct import DIRECT
+
+        return (*METHODS, *DIRECT)
     return CHOICES.get(_pattern(path))
 
 
@@ -226,6 +236,31 @@ def _check_registries(moe: TaskMoEConfig, check: Decoder) -> None:
             raise check.fail(
                 f"moe.{key}", f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
             )
+
+
+def _check_surgery(config: Config, check: Decoder) -> None:
+    """The method and its options, by building it, which imports torch."""
+    from taskmoe.train.surgery.combine import Surgery
+    from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+
+    surgery = config.surgery
+    assert surgery.method is not None
+    others = {g for phase in config.phases for g in phase.train} & {"base", "saved"}
+    if config.moe.modules_to_save is None:
+        others.discard("saved")
+    if surgery.way == "fused" and others and surgery.scope in ("all", "layer"):
+        message = f"'fused' splits experts and routers, and {sorted(others)[0]} trains too; set way to auto"
+        raise check.fail("surgery.way", f"{message}, or surgery.scope to experts")
+    try:
+        (DirectSurgery if surgery.method in DIRECT else Surgery)(surgery.method, surgery.options)
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        raise check.fail(key, message) from error
+    if surgery.method in DIRECT and surgery.refresh_every > 1:
+        message = f"{surgery.refresh_every}, but {surgery.method!r} has no weights to use again; set it to 1"
+        raise check.fail("surgery.refresh_every", message)
+    if surgery.method in DIRECT and surgery.scope == "layer":
+        raise check.fail("surgery.scope", f"'layer' has no effect on {surgery.method!r}; set it to all")
 
 
 def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:

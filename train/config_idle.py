@@ -77,8 +77,19 @@ def _optimisation(config: Config) -> Iterator[Rule]:
         "task_embedding" not in trained,
         "no phase trains the task embedding",
     )
+    yield from _surgery(config, trained)
     own = bool(config.phases) and all(phase.mixing is not None for phase in config.phases)
     yield "mixing", own, "every phase has a mixing of its own"
+
+
+def _surgery(config: Config, trained: set[str]) -> Iterator[Rule]:
+    surgery = config.surgery
+    for key in ("options", "scope", "way", "refresh_every", "max_tasks", "matrix_steps"):
+        yield f"surgery.{key}", surgery.method is None, "surgery.method is not set"
+    routers = "router" in trained and config.moe.router == "task_mlp"
+    shared = {"experts": "experts" in trained, "routers": routers}
+    nothing = f"no phase trains {surgery.scope} that tasks share"
+    yield "surgery.scope", not shared.get(surgery.scope, True), nothing
 
 
 def _following(config: Config) -> Iterator[Rule]:

@@ -21,6 +21,7 @@ from taskmoe.train.checkpoint import CheckpointError
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.distributed import Ranks
 from taskmoe.train.schedule import Phase
+from taskmoe.train.step_surgery import build_surgery
 
 TAG = "optimiser"  # DeepSpeed's name for the one state in a checkpoint's deepspeed/ folder
 
@@ -68,18 +69,24 @@ class Engine:
         self.stage = int(self.engine.zero_optimization_stage())
         self.model, self.world_size = model, ranks.world_size
         self.parameters = {n: p for ps in groups.values() for n, p in ps}
+        self.surgery = build_surgery(config.surgery, model, ranks, config.seed, self.gathered, self.stage)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """The backward passes of one optimiser step; gradients are reduced when it closes."""
+        """The backward passes of one optimiser step; gradients are combined and reduced when it closes."""
         with self.engine.no_sync() if self.stage == 0 else self.engine.coalesce_grad_reduction():
-            yield
+            if self.surgery is None:
+                yield
+            else:
+                with self.surgery.gradients:
+                    yield
+                self.surgery.finish()
         if self.stage == 0:
             self.engine.allreduce_gradients()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Back-propagate a share of the step's loss."""
-        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.world_size, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def step(self, learning_rates: Mapping[str, float]) -> float | None:
         """Clip and update. Returns the gradient norm before clipping where DeepSpeed knows it."""

@@ -20,8 +20,9 @@ from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
 from taskmoe.train.evaluate import evaluate, evaluate_controls, primary_metrics
 from taskmoe.train.meter import Meter
+from taskmoe.train.micro_batch import learn
 from taskmoe.train.mixing import excess, rates
-from taskmoe.train.objectives import Counts, count, model_inputs, step_loss
+from taskmoe.train.objectives import Counts, count
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.signals import StopRequest
@@ -175,16 +176,12 @@ class Run:
         both = all_sum(torch.stack([mine.tokens_T, mine.samples_T]))
         counts = Counts(both[0], both[1])
         self.model.train()
+        if self.engine.surgery is not None:
+            self.engine.surgery.begin(self.step, counts, parts)
         with self.engine.accumulate():
-            for batch in batches:
-                inputs = model_inputs(batch, task_type, self.model.config, self.ranks.device)
-                logits = self.engine.engine(**inputs).logits
-                loss, sums_T = step_loss(
-                    logits, batch, counts, self.weights_T, task_type=task_type,
-                    reduction=config.loss_reduction, label_smoothing=config.label_smoothing_factor,
-                )  # fmt: skip
-                self.engine.backward(loss)
-                self.meter.add(sums_T)
+            for i, batch in enumerate(batches):
+                args = (batch, counts, self.weights_T, config, self.ranks.device, i)
+                self.meter.add(learn(self.engine, *args))
         self.meter.count(counts)
         rate = learning_rates(config, self.phases, self.step)
         if self._moved and not self._checked:
@@ -214,6 +211,8 @@ class Run:
         elif self.resumed is not None:
             if self.step > phase.start and not self.added:
                 self.engine.load(self.resumed / "deepspeed")
+                if self.engine.surgery is not None:
+                    self.engine.surgery.load(self.resumed)
             checkpoint.load_rng(self.resumed, self.ranks)
         else:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
@@ -254,6 +253,11 @@ class Run:
         metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
         self._logged_at = now
         metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
+        if self.engine.surgery is not None:
+            more, lines = self.engine.surgery.report(self.step)
+            metrics.update(more)
+            for line in lines:
+                self.tracker.line(line)
         if norm is not None:
             metrics["train/grad_norm"] = norm
         self.tracker.log_train(self.step, metrics)
@@ -344,6 +348,8 @@ class Run:
                 if self.ranks.is_main:
                     save_base(base_state(self.model), folder)
         self.engine.save(folder / "deepspeed")
+        if self.engine.surgery is not None and self.ranks.is_main:
+            self.engine.surgery.save(folder)
 
     def _checkpoint_to_resume(self) -> Path | None:
         wanted = self.config.resume_from_checkpoint

@@ -231,3 +231,24 @@ def step_loss(
     losses_n, tasks_n, sequences_n = token_losses(logits, batch, task_type, label_smoothing)
     factors_n = coefficients(tasks_n, sequences_n, counts, weights_T, reduction).to(losses_n.dtype)
     return (losses_n * factors_n).sum(), task_sums(losses_n, tasks_n, weights_T.shape[0])
+
+
+def task_losses(
+    logits: Tensor,
+    batch: Mapping[str, Any],
+    counts: Counts,
+    weights_T: Tensor,
+    *,
+    task_type: str,
+    reduction: str = "token",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`step_loss` with each task's part of it apart: ``(losses_T, sums_T)``, both [T].
+
+    The parts are zeros, still connected to the graph, for tasks without targets here.
+    """
+    losses_n, tasks_n, sequences_n = token_losses(logits, batch, task_type, label_smoothing)
+    factors_n = coefficients(tasks_n, sequences_n, counts, weights_T, reduction).to(losses_n.dtype)
+    n_tasks = weights_T.shape[0]
+    losses_T = losses_n.new_zeros(n_tasks).index_put((tasks_n,), losses_n * factors_n, accumulate=True)
+    return losses_T, task_sums(losses_n, tasks_n, n_tasks)

@@ -248,17 +248,17 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_names_its_task(tmp_path, monkeypatch):
-    from taskmoe.train import loop
+    from taskmoe.train import micro_batch
     from taskmoe.train.engine import TrainingError
 
-    real = loop.step_loss
+    real = micro_batch.step_loss
 
     def poisoned(*args, **kwargs):
         loss, sums_T = real(*args, **kwargs)
         sums_T[1] = float("nan")
         return loss, sums_T
 
-    monkeypatch.setattr(loop, "step_loss", poisoned)
+    monkeypatch.setattr(micro_batch, "step_loss", poisoned)
     with pytest.raises(TrainingError, match="not a number"):
         train(replace(BASE, output_dir=str(tmp_path / "run"), logging_steps=1, max_steps=2))
 

@@ -1,0 +1,269 @@
+"""Surgery inside an engine's step: which rows there are, which weights hold, and what is told about it.
+
+Between two refreshes the weights of the last one are used again, by one backward pass. What is exact then:
+``fused`` weighs each task's part inside the banks' backward, so every parameter gets what a full step with
+these weights would give. ``separate`` weighs the losses, which also weighs what belongs to one task alone;
+that is divided out again, so weights near zero need a full step, and every shared parameter must be in scope.
+A step that holds a task without a weight is a full one.
+
+Legend: T tasks, R rows of J.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.train.config import ConfigError, SurgeryConfig
+from taskmoe.train.distributed import Ranks, all_max
+from taskmoe.train.objectives import Counts
+from taskmoe.train.surgery.combine import Surgery
+from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+from taskmoe.train.surgery.gramian import conflict_fraction, cosines, inactive, update_change
+from taskmoe.train.task_gradients import Combination, TaskGradients, fold
+from taskmoe.train.task_scope import find_scope
+
+STATE = "surgery.pt"
+SMALLEST_WEIGHT = 1e-3  # that a private gradient may be divided by
+
+
+class StepSurgery:
+    """One phase's surgery. Its methods are collectives where there are ranks.
+
+    Raises:
+        ConfigError: as :class:`~taskmoe.train.task_gradients.TaskGradients`, or ``refresh_every`` where the
+            weights of a step cannot be used again exactly.
+    """
+
+    def __init__(
+        self,
+        config: SurgeryConfig,
+        model: TaskMoEModel,
+        ranks: Ranks,
+        seed: int,
+        gathered: Callable[[Mapping[str, nn.Parameter]], AbstractContextManager],
+        stage: int = 0,
+    ) -> None:
+        assert config.method is not None
+        self.config, self.seed, self.tasks = config, seed, model.tasks
+        kind = DirectSurgery if config.method in DIRECT else Surgery
+        self.method: Surgery | DirectSurgery = kind(config.method, config.options, seed)
+        self.gradients = TaskGradients(
+            model, way=config.way, scope=config.scope, seed=seed, ranks=ranks, gathered=gathered
+        )
+        # ZeRO-3 lets a graph's weights go in its first backward pass; a retained one cannot run again.
+        self.way = "slices" if stage == 3 and self.gradients.way == "separate" else self.gradients.way
+        self.turns: list[list[int]] = []  # the tasks of each micro-batch's passes; as many on all ranks
+        self.step = 0
+        self._kept: dict[str, dict[int, float]] = {}
+        self._kept_at = self._reported = 0
+        self._reuse = False
+        self.seen = Seen(self.tasks)
+        self._check_refresh()
+
+    def _check_refresh(self) -> None:
+        if self.config.refresh_every == 1:
+            return
+        where = f"surgery.refresh_every: {self.config.refresh_every}"
+        if isinstance(self.method, DirectSurgery):
+            raise ConfigError(f"{where}: {self.method.name!r} has no weights to use again; set it to 1")
+        if self.way != "fused" and (self.gradients.scope.rest or self.config.scope == "layer"):
+            raise ConfigError(
+                f"{where}: with one backward pass a task, weights are used again by weighing the losses, "
+                "which reaches every parameter alike; set it to 1, or scope to all"
+            )
+
+    def begin(self, step: int, counts: Counts, parts: Sequence[Counts]) -> None:
+        """A step begins.
+
+        Args:
+            step: of the optimiser.
+            counts: of the whole step; parts: of this rank's micro-batches.
+        """
+        self.step = step
+        present = (counts.tokens_T > 0).nonzero().squeeze(1).tolist()
+        fresh = step - self._kept_at < self.config.refresh_every
+        known = [kept.get(t) for kept in self._kept.values() for t in present]
+        usable = all(w is not None for w in known)
+        if usable and self.way != "fused":
+            usable = all(abs(w) >= SMALLEST_WEIGHT for w in known if w is not None)
+        self._reuse = bool(self._kept) and fresh and usable
+        rows = fold(present, self.config.max_tasks, self.seed, step)
+        self.seen.folded = len(present) > self.config.max_tasks
+        self.gradients.begin(rows, self._kept if self._reuse and self.way == "fused" else None)
+        here = [(part.tokens_T > 0).nonzero().squeeze(1).tolist() for part in parts]
+        # Under ZeRO-3 ranks meet in every pass, so all make as many as the one with the most tasks.
+        passes = all_max(torch.tensor([max(1, len(tasks)) for tasks in here])).tolist()
+        padded = [[*tasks, *(t for t in present if t not in tasks)] for tasks in here]
+        self.turns = [tasks[:n] for tasks, n in zip(padded, passes, strict=True)]
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether one backward pass a micro-batch will do."""
+        return self.way == "fused" or self._reuse
+
+    def loss_weights(self, weights_T: Tensor) -> Tensor:
+        """The losses' weights [T] in this step."""
+        if not (self._reuse and self.way != "fused"):
+            return weights_T
+        (kept,) = self._kept.values()
+        return weights_T * torch.tensor([kept.get(t, 1.0) for t in range(len(weights_T))]).to(weights_T)
+
+    def finish(self) -> None:
+        """After the last backward pass, before the engine reduces: hand the combination in."""
+        if not self._reuse:
+            combination = self.gradients.combine(self.method, self.step)
+            self.seen.add(combination)
+            if combination.weights is not None:
+                rows = combination.rows
+                self._kept = {
+                    g: {t: float(w) for w, tasks in zip(w_R, rows, strict=True) for t in tasks}
+                    for g, w_R in combination.weights.items()
+                }
+                self._kept_at = self.step
+        elif self.way == "fused":
+            self.gradients.finish_weighted()
+        else:
+            self._divide_private()
+
+    def _divide_private(self) -> None:
+        (kept,) = self._kept.values()
+        for p, axis in self.gradients.scope.private.values():
+            for task, weight in kept.items():
+                if p.grad is not None and abs(weight) >= SMALLEST_WEIGHT:
+                    p.grad.select(axis, task).div_(weight)
+
+    # -- following along -------------------------------------------------------------------------------------
+
+    def report(self, step: int) -> tuple[dict[str, Any], list[str]]:
+        """Metrics since the last report, and lines to print; ``step`` optimiser steps are done."""
+        every = self.config.matrix_steps
+        whole = every is not None and step // every > self._reported // every
+        self._reported = step
+        return self.seen.read(whole)
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint."""
+        torch.save(self.state_dict(), folder / STATE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint; one without the file was written without surgery.
+
+        Raises:
+            ConfigError: of another method or seed.
+        """
+        if (folder / STATE).is_file():
+            self.load_state_dict(torch.load(folder / STATE, weights_only=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, equal on all ranks."""
+        return {
+            "method": self.method.state_dict(),
+            "kept": {g: {str(t): w for t, w in kept.items()} for g, kept in self._kept.items()},
+            "kept_at": self._kept_at,
+            "reported": self._reported,
+            "seen": self.seen.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ConfigError: of another method or seed.
+        """
+        self.method.load_state_dict(state["method"])
+        self._kept = {g: {int(t): w for t, w in kept.items()} for g, kept in state["kept"].items()}
+        self._kept_at, self._reported = int(state["kept_at"]), int(state["reported"])
+        self.seen.load_state_dict(state["seen"])
+
+
+class Seen:
+    """What combinations did since the last :meth:`read`: means over the steps that made one."""
+
+    def __init__(self, tasks: TaskTable) -> None:
+        self.tasks = tasks
+        self.folded = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, list[float]] = {}  # {metric: [sum, number]}
+        self._last: dict[str, Any] = {}
+
+    def add(self, combination: Combination) -> None:
+        """Count a step in; with one Gramian a layer, fractions are means over layers."""
+        for group, G_RR in combination.gramians.items():
+            self._mean("grad/conflict_frac", conflict_fraction(G_RR))
+            C_RR = cosines(G_RR)
+            self._mean("grad/cosine", float(C_RR[torch.triu(torch.ones_like(C_RR), 1) > 0].nanmean()))
+            if combination.weights is None:
+                continue
+            w_R = combination.weights[group]
+            for tasks, weight in zip(combination.rows, w_R.tolist(), strict=True):
+                for task in tasks:
+                    self._mean(f"train/weight/{self.tasks[task].slug}", weight)
+        total = torch.stack(list(combination.gramians.values()))
+        self._last = {
+            "grad/rows": [[self.tasks[t].slug for t in tasks] for tasks in combination.rows],
+            "grad/cosine_matrix": cosines(total.sum(0)).tolist(),
+        }
+        if combination.weights is not None:
+            self._mean("grad/update_change", _change(combination.gramians, combination.weights))
+
+    def _mean(self, key: str, value: float) -> None:
+        if math.isfinite(value):
+            total = self._sums.setdefault(key, [0.0, 0])
+            total[0] += value
+            total[1] += 1
+
+    def read(self, whole: bool) -> tuple[dict[str, Any], list[str]]:
+        """(metrics, lines to print); ``whole``: with the cosine of every pair of rows, of the last step."""
+        metrics: dict[str, Any] = {k: total / n for k, (total, n) in self._sums.items()}
+        if whole:
+            metrics.update(self._last)
+        lines = []
+        change = metrics.get("grad/update_change")
+        if change is not None and inactive(change):
+            lines.append(f"surgery is inactive: it changes the update by {100 * change:.2g} %")
+        if self.folded:
+            lines.append("surgery.max_tasks: tasks share rows, drawn anew each step")
+        self._clear()
+        return metrics, lines
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums, "last": self._last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = {k: list(v) for k, v in state["sums"].items()}
+        self._last = dict(state["last"])
+
+
+def _change(gramians: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
+    """The change of the whole update: squares add up over the groups of parameters."""
+    moved = plain = 0.0
+    for group, G_RR in gramians.items():
+        whole = float(G_RR.sum().clamp(min=0))
+        change = update_change(G_RR, weights[group])
+        moved += change**2 * whole if whole > 0 else 0.0
+        plain += whole
+    return math.sqrt(moved / plain) if plain > 0 else 0.0
+
+
+def build_surgery(
+    config: SurgeryConfig,
+    model: TaskMoEModel,
+    ranks: Ranks,
+    seed: int,
+    gathered: Callable[[Mapping[str, nn.Parameter]], AbstractContextManager],
+    stage: int = 0,
+) -> StepSurgery | None:
+    """The surgery of a phase; None where there is no method, or nothing shared in scope trains."""
+    if config.method is None or not find_scope(model, config.scope).shared:
+        return None
+    return StepSurgery(config, model, ranks, seed, gathered, stage)
