@@ -26,6 +26,7 @@ def low_rank(
     slots_Tk: Tensor | None,
     scale: float,
     plan: Plan,
+    weight_NK: Tensor | None = None,
 ) -> Tensor:
     """``y + scale * sum_j gates[t, j] * B[slots[t, j]]^T (A[slots[t, j]] x)`` for each row of task ``t``.
 
@@ -42,6 +43,9 @@ def low_rank(
             (k = E). Ids outside ``0..E - 1`` are an error of the CPU path (not checked on a GPU).
         scale: a number, ``lora_alpha / r``.
         plan: the row space of ``x``.
+        weight_NK: a frozen linear layer's weight, in the dtype of ``x``. Its product is added by a matmul that
+            accumulates onto what the experts have written, and so is its gradient in ``x``: on a GPU two passes
+            over [M, N] fewer, and two over [M, K], than adding the experts to the finished product.
 
     Returns:
         ``[M, N]`` in the dtype of ``y`` (of ``x`` without ``y``). Gradients come back in the dtype of their
@@ -55,9 +59,12 @@ def low_rank(
         x_MK = x_MK.to(y_MN.dtype)
     with without_autocast(x_MK):
         if ops.mode() == "reference":
-            return reference.low_rank(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
+            out = reference.low_rank(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
+            return out if weight_NK is None else out + x_MK @ weight_NK.t()
         tables = tables_of(plan, x_MK)
-        return _LowRank.apply(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables)
+        return _LowRank.apply(
+            x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables, weight_NK
+        )
 
 
 def low_rank_averaged(
@@ -71,9 +78,31 @@ def low_rank_averaged(
     T = plan.num_tasks
     if A_TrK.shape[0] != T or B_TrN.shape[0] != T:
         raise ValueError(f"A has {A_TrK.shape[0]} and B {B_TrN.shape[0]} tasks; the plan has {T}")
-    gates = torch.ones(T, 1, device=x_MK.device)
-    slots = torch.arange(T, device=x_MK.device)[:, None]
+    gates, slots = one_expert_a_task(T, x_MK.device)
     return low_rank(x_MK, y_MN, A_TrK[None], B_TrN[None], gates, slots, scale, plan)
+
+
+def one_expert_a_task(T: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Gates (ones ``[T, 1]``) and slots under which task ``t`` has expert ``t`` to itself."""
+    return torch.ones(T, 1, device=device), torch.arange(T, device=device)[:, None]
+
+
+def add_linear_(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    """``out += x @ weight^T`` in place, by a matmul that accumulates; the frozen weight gets no gradient."""
+    return _AddLinear.apply(out_MN, x_MK, weight_NK)
+
+
+class _AddLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_NK)
+        ctx.mark_dirty(out_MN)
+        return out_MN.addmm_(x_MK, weight_NK.t())
+
+    @staticmethod
+    def backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
+        (weight_NK,) = ctx.saved_tensors
+        return dy_MN, dy_MN @ weight_NK if ctx.needs_input_grad[1] else None, None
 
 
 def average(bank_ErD: Tensor, weights_THE: Tensor) -> Tensor:
@@ -111,18 +140,21 @@ class _LowRank(torch.autograd.Function):
         slots_Tk: Tensor | None,
         scale: float,
         tables: list[Tensor],
+        weight_NK: Tensor | None,
     ) -> Tensor:
         out_MN, s_MR = torch.ops.taskmoe.low_rank_fwd.default(
             x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, tables
         )
-        ctx.save_for_backward(x_MK, s_MR, A_GErK, B_GErN, gates_Tk, slots_Tk)
+        if weight_NK is not None:
+            out_MN.addmm_(x_MK, weight_NK.t())
+        ctx.save_for_backward(x_MK, s_MR, A_GErK, B_GErN, gates_Tk, slots_Tk, weight_NK)
         ctx.scale, ctx.tables = scale, tables
         return out_MN
 
     @staticmethod
     def backward(ctx: Any, dy_MN: Tensor) -> Any:
         # Read once: non-reentrant checkpointing recomputes at the first read and forbids a second.
-        x_MK, s_MR, A_GErK, B_GErN, gates_Tk, slots_Tk = ctx.saved_tensors
+        x_MK, s_MR, A_GErK, B_GErN, gates_Tk, slots_Tk, weight_NK = ctx.saved_tensors
         need_x, need_y, need_A, need_B, need_gates = ctx.needs_input_grad[:5]
         needs = [need_x, need_A, need_B, need_gates]
         grads: list[Tensor | None] = [None] * 4
@@ -133,7 +165,9 @@ class _LowRank(torch.autograd.Function):
                 )
             grads = [grad if need else None for grad, need in zip(results, needs, strict=True)]
         dx, dA, dB, dgates = grads
-        return dx, dy_MN if need_y else None, dA, dB, dgates, None, None, None
+        if dx is not None and weight_NK is not None:
+            dx.addmm_(dy_MN, weight_NK)
+        return dx, dy_MN if need_y else None, dA, dB, dgates, None, None, None, None
 
 
 def tables_of(plan: Plan, x: Tensor) -> list[Tensor]:

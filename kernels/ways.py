@@ -194,9 +194,12 @@ class Equal(Segments):
     def expand(self, h_MC: Tensor, bank_ErD: Tensor, dtype: torch.dtype, y_MD: Tensor | None) -> Tensor:
         """See :meth:`Dense.expand`."""
         h_SLR, bank_SRD = self._batch(h_MC.to(dtype)), self._bank(bank_ErD, dtype)
+        out_MD = h_SLR.new_empty(h_MC.shape[0], bank_SRD.shape[2])  # an op's result is no view
         if y_MD is None:
-            return torch.bmm(h_SLR, bank_SRD).flatten(0, 1)
-        return torch.baddbmm(self._batch(y_MD), h_SLR, bank_SRD).flatten(0, 1)
+            torch.bmm(h_SLR, bank_SRD, out=self._batch(out_MD))
+        else:
+            torch.baddbmm(self._batch(y_MD), h_SLR, bank_SRD, out=self._batch(out_MD))
+        return out_MD
 
     def weight_gradient(self, h_MC: Tensor, wide_MD: Tensor, bank_GErD: Tensor) -> Tensor:
         """See :meth:`Dense.weight_gradient`."""

@@ -16,6 +16,7 @@ from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import MoELinear, SavedModule
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.moe.routers import ROUTERS
+from taskmoe.moe.siblings import family
 from taskmoe.moe.targets import check_rank_pattern, features, find_targets, rank_of, routing_group
 from taskmoe.moe.tasks import TaskTable
 
@@ -112,8 +113,9 @@ def attach(
     targets = find_targets(model, config, saved)
     check_rank_pattern(list(targets), config)
     not_run: list[str] = []
+    siblings: list[list[str]] = []
     if dry_run:
-        executed = executed_targets(model, targets, example_inputs)
+        executed, siblings = executed_targets(model, targets, example_inputs)
         not_run = [n for n in targets if n not in executed]
         targets = {n: m for n, m in targets.items() if n in executed}
         if not targets:
@@ -121,7 +123,12 @@ def attach(
     names = list(targets)
     groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in names))
     numbers = {n: groups.index(routing_group(n, config.router_scope)) for n in names}
-    replaced: dict[str, nn.Module] = {n: _moe_linear(n, m, config, numbers[n]) for n, m in targets.items()}
+    linears = {n: _moe_linear(n, m, config, numbers[n]) for n, m in targets.items()}
+    for names in siblings:
+        together = family([linears[n] for n in names])
+        for name in names:
+            linears[name].siblings = together
+    replaced: dict[str, nn.Module] = {**linears}
     replaced.update({n: SavedModule(model.get_submodule(n), n) for n in saved})
     for name, module in replaced.items():  # the first change: an error above leaves the model as it was
         _replace(model, name, module)

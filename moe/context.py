@@ -66,6 +66,7 @@ class Context:
         self.enabled = enabled
         self.bridge: GateBridge | None = None
         self.checkpointing = False
+        self.shared: dict[int, Any] = {}  # between sibling linears, see moe/siblings.py
         self._plans: dict[int, Plan] = {}
 
     def enter(self, x: Tensor) -> Tensor:

@@ -73,12 +73,18 @@ def _with_other_middle(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def executed_targets(
     model: nn.Module, targets: Mapping[str, nn.Module], inputs: Mapping[str, Any] | None = None
-) -> set[str]:
-    """Names of the targets that a forward pass runs, after checking the rows of each.
+) -> tuple[set[str], list[list[str]]]:
+    """The targets that a forward pass runs, after checking the rows of each, and those that read the same
+    rows.
 
     Args:
         targets: {name: module} before they are replaced.
         inputs: keyword arguments of a forward pass of exactly three examples; None: made from the config.
+
+    Returns:
+        Names of the targets that were run; lists of two and more of them in one module that were each called
+        once, with the very same tensor, in the order of the calls. (What lies in several modules may be
+        recomputed apart: every decoder layer's keys read the encoder's one output.)
 
     Raises:
         RowSpaceError: rows of a target do not belong to one sequence each; names the target.
@@ -86,12 +92,15 @@ def executed_targets(
     """
     inputs = example_inputs(model) if inputs is None else dict(inputs)
     seen: dict[str, list[list[Tensor]]] = {name: [[], []] for name in targets}
+    given: dict[str, list[Tensor]] = {}  # in the order of the calls; kept, so that no id is given twice
     run = 0
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             seen[name][run].append(x.detach().float())
+            if run == 0:
+                given.setdefault(name, []).append(x)
 
         return hook
 
@@ -117,7 +126,12 @@ def executed_targets(
     for name, (first, second) in seen.items():
         for x, other in zip(first, second, strict=True):
             _check_rows(name, x, other)
-    return {name for name, (first, _) in seen.items() if first}
+    readers: dict[tuple[str, int], list[str]] = {}
+    for name, inputs_of_name in given.items():
+        if len(inputs_of_name) == 1:
+            readers.setdefault((name.rpartition(".")[0], id(inputs_of_name[0])), []).append(name)
+    siblings = [names for names in readers.values() if len(names) > 1]
+    return {name for name, (first, _) in seen.items() if first}, siblings
 
 
 def _check_rows(name: str, x: Tensor, other: Tensor) -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from taskmoe.kernels.low_rank import add_linear_
 from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.context import current
+from taskmoe.moe.siblings import Siblings
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -22,19 +24,54 @@ class MoELinear(nn.Module):
     linear).
     """
 
+    # Whether the experts write first and the frozen product is accumulated onto them; None: on a GPU, where
+    # that saves passes over memory. It differs from the sum in the last bit, so that the CPU does not.
+    experts_first: bool | None = None
+
     def __init__(self, base: nn.Module, bank: LowRankBank, name: str, group: int) -> None:
         super().__init__()
         self.base, self.bank, self.name, self.group = base, bank, name, group
+        self.siblings: Siblings | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [..., K] floating -> [..., N], in the dtype of ``base(x)``."""
-        y = self.base(x, *args, **kwargs)
         context = current(self.name)
         if not context.enabled:
-            return y
+            return self.base(x, *args, **kwargs)
         plan = context.plan(x.shape[:-1], self.name)
-        out = self.bank(x.reshape(plan.rows, -1), y.reshape(plan.rows, -1), context.gates[self.group], plan)
+        x_MK = x.reshape(plan.rows, -1)
+        mine = None
+        if self.siblings is not None:
+            mine = self.siblings.rank_rows(self.name, x, x_MK, context, plan)
+        if self._experts_first(x) and not args and not kwargs:
+            weight_NK, bias = self.weight, self.bias
+            y_MN = None if bias is None else bias.expand(plan.rows, -1)
+            if mine is None:
+                out = self.bank(x_MK, y_MN, context.gates[self.group], plan, weight_NK)
+            else:
+                out = add_linear_(self.bank.expand(mine[0], y_MN, mine[1], plan, x.dtype), x_MK, weight_NK)
+            return out.view(*x.shape[:-1], -1)
+        y = self.base(x, *args, **kwargs)
+        y_MN = y.reshape(plan.rows, -1)
+        if mine is None:
+            out = self.bank(x_MK, y_MN, context.gates[self.group], plan)
+        else:
+            out = self.bank.expand(mine[0], y_MN, mine[1], plan, y.dtype)
         return out.view(y.shape)
+
+    def _experts_first(self, x: Tensor) -> bool:
+        """Only beside a plain frozen linear of the same dtype whose weight lies here whole."""
+        base, wanted = self.base, self.experts_first
+        if not (x.is_cuda if wanted is None else wanted):
+            return False
+        return (
+            type(base) is nn.Linear
+            and not any(p.requires_grad or hasattr(p, "ds_id") for p in base.parameters())
+            and base.weight.dtype == x.dtype
+            and not self.bank.drops()
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     # Models look at the weight of their linears (its dtype, its device).
     @property

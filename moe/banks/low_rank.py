@@ -7,14 +7,30 @@ slots.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from taskmoe.kernels.low_rank import low_rank, low_rank_averaged
+from taskmoe.kernels.low_rank import low_rank, one_expert_a_task
 from taskmoe.kernels.plan import Plan
+from taskmoe.kernels.split import expand
 from taskmoe.moe.context import Gate
 from taskmoe.moe.parts import average_by_task
+
+
+class Operands(NamedTuple):
+    """What the op takes of a bank and a gate: one gate and one expert a task and slot.
+
+    A_GErK: [G, E, r, K], B_GErN: [G, E, r, N]; gates_Tk: [T, k]; slots_Tk: [T, k] int64, or None: k = E.
+        Averaged
+    parameters are one expert a task: G = 1, E = T, k = 1.
+    """
+
+    A_GErK: Tensor
+    B_GErN: Tensor
+    gates_Tk: Tensor
+    slots_Tk: Tensor | None
 
 
 class LowRankBank(nn.Module):
@@ -39,9 +55,24 @@ class LowRankBank(nn.Module):
         self.scale, self.compose = scale, compose
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
 
-    def forward(self, x_MK: Tensor, y_MN: Tensor, gate: Gate, plan: Plan) -> Tensor:
-        """x_MK: [M, K]; y_MN: [M, N], the frozen layer's output -> [M, N], y plus the experts' part."""
-        x_MK = self.dropout(x_MK)
+    def forward(
+        self, x_MK: Tensor, y_MN: Tensor | None, gate: Gate, plan: Plan, weight_NK: Tensor | None = None
+    ) -> Tensor:
+        """x_MK: [M, K]; y_MN: [M, N], what the experts' part is added to -> [M, N].
+
+        weight_NK: the frozen layer's weight, where its product is not in ``y`` yet.
+        """
+        return low_rank(self.dropout(x_MK), y_MN, *self.operands(gate), self.scale, plan, weight_NK)
+
+    def expand(
+        self, s_MR: Tensor, y_MN: Tensor | None, operands: Operands, plan: Plan, dtype: torch.dtype
+    ) -> Tensor:
+        """:meth:`forward` from rank space on: s_MR is what A has made of the rows; [M, N] in ``dtype``."""
+        _, B_GErN, gates_Tk, slots_Tk = operands
+        return expand(s_MR, y_MN, B_GErN, gates_Tk, slots_Tk, self.scale, plan, dtype)
+
+    def operands(self, gate: Gate) -> Operands:
+        """The bank under a gate, as the op takes it."""
         A_GErK, B_GErN = self.factors(gate)
         if self.compose == "before":
             weights_THE = gate.values
@@ -49,9 +80,13 @@ class LowRankBank(nn.Module):
                 shape = (*gate.values.shape[:-1], self.A_ErK.shape[0])
                 weights_THE = gate.values.new_zeros(shape).scatter(-1, gate.slots, gate.values)
             A_TrK, B_TrN = average_by_task(A_GErK, weights_THE), average_by_task(B_GErN, weights_THE)
-            return low_rank_averaged(x_MK, y_MN, A_TrK, B_TrN, self.scale, plan)
+            return Operands(A_TrK[None], B_TrN[None], *one_expert_a_task(len(A_TrK), A_TrK.device))
         slots = None if gate.slots is None else gate.slots.squeeze(1)
-        return low_rank(x_MK, y_MN, A_GErK, B_GErN, gate.values.squeeze(1), slots, self.scale, plan)
+        return Operands(A_GErK, B_GErN, gate.values.squeeze(1), slots)
+
+    def drops(self) -> bool:
+        """Whether dropout changes the rows now."""
+        return self.training and isinstance(self.dropout, nn.Dropout)
 
     def factors(self, gate: Gate) -> tuple[Tensor, ...]:
         """A and B as the op takes them, [G, E, r, D]: G = 1 gives one gradient, summed over tasks; G = T one

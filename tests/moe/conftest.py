@@ -99,7 +99,7 @@ def routed(shaken):
 
     def make(kind, **settings):
         config = TaskMoEConfig.from_dict({"r": 2, "num_experts": 3, "router_init_std": 0.5, **settings})
-        return shaken(attach(build(kind), config, ["sort", "sum", "translate"], dry_run=False)).eval()
+        return shaken(attach(build(kind), config, ["sort", "sum", "translate"])).eval()
 
     return make
 
