@@ -199,8 +199,9 @@ def _check_shrink(x_MK: Tensor, banks: Sequence[Tensor], slots: Sequence[Tensor 
     if x_MK.shape != (plan.rows, shape[3]):
         raise ValueError(f"x is {tuple(x_MK.shape)}; the plan and the banks ask for {(plan.rows, shape[3])}")
     found = [None if s is None else (tuple(s.shape), s.dtype) for s in slots]
-    good = [None, ((plan.num_tasks, found[0][0][1]), torch.int64)] if found[0] is not None else [None]
-    if any(f != found[0] for f in found) or found[0] not in good:
+    first = slots[0]
+    good = None if first is None else ((plan.num_tasks, first.shape[-1] if first.dim() else 0), torch.int64)
+    if any(f != good for f in found):
         raise ValueError(f"slots are {found}; give int64 ids [{plan.num_tasks}, k] for each bank, or none")
 
 

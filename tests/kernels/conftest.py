@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from taskmoe.kernels import ops
+from taskmoe.kernels.grouping import group_rows
 from taskmoe.kernels.plan import Plan
 
 # Unsorted tasks, several segments a task, lengths 1 to 5, task 3 absent.
@@ -99,3 +102,43 @@ def run_op() -> Callable[..., dict[str, Tensor]]:
         return {"out": out.detach()} | dict(zip(wanted, grads, strict=True))
 
     return run
+
+
+@pytest.fixture
+def op_arguments() -> Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]:
+    """(name, arguments) of calls of every op: with and without y, slots, a task axis; some gradients and
+    all."""
+
+    def arguments() -> Iterator[tuple[str, tuple[Any, ...]]]:
+        g = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        plan, T, E, r, K, N, k = Plan.from_rows(RAGGED, 4), 4, 5, 2, 7, 9, 2
+        M = plan.rows
+        x, y, dy = randn(M, K), randn(M, N), randn(M, N)
+        A, B = randn(E, r, K), randn(E, r, N)
+        triton = ops.use_triton(x)
+        tables = plan.op_tables(tiles=triton)
+        for slots, G, add, few in ((torch.randint(E, (T, k), generator=g), T, y, False), (None, 1, None, True)):
+            R = r * (E if slots is None else k)
+            A_g, B_g = A.expand(G, -1, -1, -1), B.expand(G, -1, -1, -1)
+            gates, s, ds = randn(T, R // r), randn(M, R), randn(M, R)
+            needs = [not few, True, not few, True]
+            yield "low_rank_fwd", (x, add, A_g, B_g, gates, slots, 0.5, tables)
+            yield "low_rank_bwd", (dy, x, s, A_g, B_g, gates, slots, 0.5, tables, needs)
+            yield "shrink_fwd", (x, A_g, slots, tables)
+            yield "shrink_bwd", (ds, x, A_g, slots, tables, needs[:2])
+            yield "expand_fwd", (s, add, B_g, gates, slots, 0.5, tables, torch.float64)
+            yield "expand_bwd", (dy, s, B_g, gates, slots, 0.5, tables, needs[1:])
+            gates, s = randn(M, E), randn(M, E * r)
+            yield "gated_fwd", (x, add, A_g, B_g, gates, 0.5, tables)
+            yield "gated_bwd", (dy, x, s, A_g, B_g, gates, 0.5, tables, needs)
+            ids = torch.randint(E, (M, k), generator=g)
+            groups = group_rows(ids, plan.row_tasks() if G > 1 else None, G, E, tiles=triton)
+            gates, s = randn(M, k), randn(M, k * r)
+            yield "grouped_fwd", (x, add, A_g, B_g, gates, ids, 0.5, groups)
+            yield "grouped_bwd", (dy, x, s, A_g, B_g, gates, ids, 0.5, groups, needs)
+
+    return arguments
