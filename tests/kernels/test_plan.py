@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from taskmoe.kernels.plan import Plan
+from taskmoe.kernels.plan import Plan, chunk_rows, cut, tile_rows
 
 
 def test_neighbours_of_one_task_become_one_segment() -> None:
@@ -77,3 +77,66 @@ def test_tables_do_not_take_part_in_comparison_and_plans_copy() -> None:
 def test_what_is_no_plan_is_refused(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_tile_is_a_power_of_two_that_fits_the_segments() -> None:
+    assert tile_rows(0, 0) == tile_rows(100, 1) == tile_rows(2048, 1) == 16
+    assert tile_rows(65536, 4) == 64
+    assert tile_rows(65536, 4096) == 16  # segments of 16 rows
+    assert tile_rows(65536, 2048) == 32
+    for rows in (0, 5, 3000, 5000, 10**6):
+        for segments in (0, 1, 7, 1000):
+            assert tile_rows(rows, segments) in (16, 32, 64)
+
+
+def test_a_chunk_grows_with_the_rows() -> None:
+    assert [chunk_rows(rows) for rows in (0, 8191, 8192, 16384, 32768, 10**7)] == [128, 128, 256, 512, 1024, 1024]
+
+
+def test_pieces_hold_each_row_once_and_never_straddle_a_run() -> None:
+    # Runs need not be in the order of their rows, and may be empty.
+    groups, starts, sizes = torch.tensor([5, 0, 9, 5]), torch.tensor([0, 40, 33, 33]), torch.tensor([33, 7, 0, 7])
+    pieces, begins = cut(groups, starts, sizes, 16)
+    assert pieces.tolist() == [[5, 0, 16], [5, 16, 32], [5, 32, 33], [0, 40, 47], [5, 33, 40]]
+    assert begins.tolist() == [0, 3, 4, 4, 5]
+    assert pieces.dtype == begins.dtype == torch.int32
+
+
+def test_surplus_pieces_are_empty() -> None:
+    args = torch.tensor([1, 2]), torch.tensor([0, 20]), torch.tensor([20, 3]), 16
+    exact, begins = cut(*args)
+    padded, same = cut(*args, 7)
+    assert torch.equal(padded[:3], exact) and torch.equal(begins, same)
+    assert bool((padded[3:, 1] >= padded[3:, 2]).all()) and len(padded) == 7
+    none, begins = cut(*(torch.zeros(0, dtype=torch.int32) for _ in range(3)), 16, 2)
+    assert none.shape == (2, 3) and not none.any() and begins.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    "task_of_row",
+    [[], [2], [1] * 40, [0] * 17 + [3] + [0] * 30 + [1] * 16, [i // 3 % 4 for i in range(300)], [1] * 300 + [0] * 140],
+    ids=len,
+)
+def test_tiles_and_chunks_of_a_plan(task_of_row: list[int]) -> None:
+    plan = Plan.from_rows(task_of_row, 4)
+    row_tasks, offsets, tasks, tiles, chunks, chunk_ptr, *host = plan.op_tables(tiles=True)
+    assert row_tasks.tolist() == task_of_row
+    assert [t.tolist() for t in host] == [offsets.tolist(), tasks.tolist()]
+    for table, size in ((tiles, tile_rows(plan.rows, len(plan.tasks))), (chunks, chunk_rows(plan.rows))):
+        seen = [0] * plan.rows
+        for task, first, end in table.tolist():
+            assert 0 < end - first <= size
+            assert any(t == task and a <= first and end <= b for t, a, b in plan.segments())
+            for row in range(first, end):
+                seen[row] += 1
+        assert seen == [1] * plan.rows
+    # Chunks lie by task, those of one task in the order of its rows.
+    assert [(t, a) for t, a, _ in chunks.tolist()] == sorted((t, a) for t, a, _ in chunks.tolist())
+    assert chunk_ptr.tolist() == [sum(t < task for t, *_ in chunks.tolist()) for task in range(5)]
+
+
+def test_tables_with_and_without_tiles_are_kept_apart() -> None:
+    plan = Plan.from_rows([1, 1, 0], 2)
+    assert len(plan.op_tables()) == 3 and len(plan.op_tables(tiles=True)) == 8
+    assert plan.op_tables(tiles=True)[3] is plan.op_tables(tiles=True)[3]
+    assert len(plan.op_tables("meta", tiles=False)) == 5
