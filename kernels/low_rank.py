@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskmoe.kernels import ops, reference
+from taskmoe.kernels import little, ops, reference
 from taskmoe.kernels.plan import Plan
 
 
@@ -43,9 +43,10 @@ def low_rank(
             (k = E). Ids outside ``0..E - 1`` are an error of the CPU path (not checked on a GPU).
         scale: a number, ``lora_alpha / r``.
         plan: the row space of ``x``.
-        weight_NK: a frozen linear layer's weight, in the dtype of ``x``. Its product is added by a matmul that
-            accumulates onto what the experts have written, and so is its gradient in ``x``: on a GPU two passes
-            over [M, N] fewer, and two over [M, K], than adding the experts to the finished product.
+        weight_NK: a frozen linear layer's weight, in the dtype of ``x``. Its product is added by a matmul
+            that accumulates onto what the experts have written, and so is its gradient in ``x``: on a GPU
+            two passes over [M, N] fewer, and two over [M, K], than adding the experts to the finished
+            product.
 
     Returns:
         ``[M, N]`` in the dtype of ``y`` (of ``x`` without ``y``). Gradients come back in the dtype of their

@@ -127,6 +127,30 @@ def config(tokens: list[str]) -> int:
     return 0
 
 
+def tune(tokens: list[str]) -> int:
+    """``tune [--out FILE] [--budget SECONDS]``"""
+    out, tokens = _take_option(tokens, "out")
+    budget, tokens = _take_option(tokens, "budget")
+    if tokens:
+        raise UsageError(f"tune: unexpected argument {tokens[0]!r}; see taskmoe tune --help")
+    if budget is not None and not budget.isdigit():
+        raise UsageError(f"--budget: {budget!r} is not a whole number of seconds")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("tune: there is no GPU here to measure; without one the kernels are not used")
+    from taskmoe.kernels import configs
+    from taskmoe.kernels.tune import tune as measure
+    from taskmoe.kernels.tune import write
+
+    gpu, path = torch.cuda.get_device_name(), Path(out) if out is not None else configs.override_file()
+    major, minor = torch.cuda.get_device_capability()
+    lines = measure(gpu, f"sm_{major}{minor}", torch.device("cuda"), float(budget or 600), print)
+    write(path, gpu, lines)
+    print(f"{len(lines)} launches of {gpu} written to {path}")
+    return 0
+
+
 def _positional(tokens: list[str], command: str, what: str) -> tuple[str, list[str]]:
     """The one token that is no setting, and the settings as ``--key=value``."""
     if not tokens:
@@ -170,7 +194,12 @@ def _say(line: str, is_main: bool) -> None:
         print(f"taskmoe: {line}", file=sys.stderr, flush=True)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": train, "eval": evaluate, "config": config}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "config": config,
+    "tune": tune,
+}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -22,6 +22,7 @@ Train task-level mixtures of low-rank experts.
   train CFG.yaml    train a model
   eval RUN          score a trained run
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
+  tune              measure how this GPU runs the kernels fastest, and remember it
 
   --help            this text; taskmoe COMMAND --help says more
   --version         the version
@@ -64,5 +65,17 @@ With --schema: a JSON schema of all keys, with types, defaults and descriptions.
 {_SETTINGS}
 example:
   taskmoe config configs/quickstart.yaml --max_steps 100
+""",
+    "tune": """\
+usage: taskmoe tune [--out FILE] [--budget SECONDS]
+
+Measure the launches of the Triton kernels on this GPU and write those that beat the built-in table. Later
+runs on a GPU of this name use them. Never needed: without the file the table is used.
+
+  --out FILE         default: $TASKMOE_KERNEL_CONFIGS, or ~/.cache/taskmoe/kernels.json
+  --budget SECONDS   default: 600
+
+example:
+  taskmoe tune --budget 120
 """,
 }
