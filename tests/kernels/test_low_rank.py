@@ -140,6 +140,19 @@ def test_importing_twice_registers_once() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("with_y", [True, False])
+def test_a_frozen_weight_is_accumulated_onto_the_experts(make_case, k, with_y) -> None:
+    case = make_case(k=k, with_y=with_y)
+    weight = torch.randn(9, 7, dtype=torch.float64)
+    leaves = list(case.leaves().values())
+    out = low_rank(*case.args(), weight)
+    truth = reference.low_rank(*case.args()) + case.x @ weight.t()
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-12)
+    found, wanted = (torch.autograd.grad(o.sin().sum(), leaves) for o in (out, truth))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("H", [1, 2, 3])
 def test_average_is_the_reference(H) -> None:
     g = torch.Generator().manual_seed(0)
