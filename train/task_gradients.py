@@ -265,7 +265,7 @@ class TaskGradients:
 
     def _weigh(self, weights: Mapping[str, Tensor]) -> None:
         for group, w_R in weights.items():
-            # In the one backward pass p.grad has become the plain sum: it stays, bit for bit.
+            # The one backward pass has left the sum in p.grad.
             if self.way != "fused" or not bool((w_R == 1).all()):
                 self._hand_in({n: self.matrix.weighted(n, w_R) for n in self.scope.groups[group]})
 
