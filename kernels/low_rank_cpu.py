@@ -7,6 +7,7 @@ columns of a way (E*r or R), G 1 or T.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -134,7 +135,8 @@ def _way(
     _, E, r, _ = bank_GErD.shape
     acc = accumulator(by_row.dtype)
     if slots_Tk is not None:
-        way = choose(tables[-2].diff(), E, slots_Tk.shape[1], r, width)
+        sizes = [end - start for start, end in pairwise(tables[-2].tolist())]
+        way = choose(sizes, E, slots_Tk.shape[1], r, width)
         if issubclass(way, Segments):
             return way(r, slots_Tk, tables, acc)
     return Dense(r, E, slots_Tk, tables, acc)

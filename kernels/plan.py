@@ -52,9 +52,11 @@ class Plan:
     offsets: tuple[int, ...]
     tasks: tuple[int, ...]
     num_tasks: int
+    longest: int = field(default=0, init=False, repr=False, compare=False)  # rows of the longest segment
     _tables: dict[tuple[torch.device, bool], list[Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    _padded: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_tasks < 1:
@@ -75,6 +77,8 @@ class Plan:
         for task in self.tasks:
             if not 0 <= task < self.num_tasks:
                 raise ValueError(f"tasks holds {task}; it must be in 0..{self.num_tasks - 1} (num_tasks)")
+        longest = max((end - start for start, end in pairwise(self.offsets)), default=0)
+        object.__setattr__(self, "longest", longest)
 
     @classmethod
     def from_sequences(
@@ -131,6 +135,14 @@ class Plan:
     def row_tasks(self, device: torch.device | str = HOST) -> Tensor:
         """The task of each row, int64 ``[M]``, cached per device; no device sync."""
         return self.op_tables(device)[0]
+
+    def padded(self) -> Tensor:
+        """Where each row stands once every segment has ``longest`` rows: int64 ``[M]`` on the host."""
+        if not self._padded:
+            offsets = torch.tensor(self.offsets)
+            shift = torch.arange(len(self.tasks)) * self.longest - offsets[:-1]
+            self._padded.append(torch.arange(self.rows) + shift.repeat_interleave(offsets.diff()))
+        return self._padded[0]
 
     def op_tables(self, device: torch.device | str = HOST, *, tiles: bool | None = None) -> list[Tensor]:
         """What the ops take as ``tables``, cached per device; no device sync.

@@ -18,35 +18,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# In multiply-adds, measured on one CPU core: what one more segment costs (dispatch, and with several slots a
-# task the gather and the scatter of their bank rows), ...
-SINGLE = 2**19
+# In multiply-adds of a large product, measured on one CPU core: columns that a row costs whatever its rank
+# (memory traffic), ...
+ROW = 32
+# ... what one more segment costs (dispatch, and with several slots a task the gather and the scatter of their
+# bank rows), ...
+SINGLE = 2**20
 SEVERAL = 2**21
-# ... what an element costs that is gathered, and how much dearer a multiply-add is in a batch of small
-# products.
-GATHER = 8
-BATCHED = 1.5
+# ... and an element that is gathered.
+GATHER = 24
 
 
-def choose(sizes_S: Tensor, E: int, k: int, r: int, width: int) -> type[Dense] | type[Segments]:
+def choose(sizes: Sequence[int], E: int, k: int, r: int, width: int) -> type[Dense] | type[Segments]:
     """The way that costs least.
 
     Args:
-        sizes_S: int [S], rows of each segment, on the host.
+        sizes: S rows of a segment.
         E, k, r: experts, slots of a task, rank of an expert.
         width: the sum of the wide dimensions that are met.
     """
-    S = len(sizes_S)
-    if not S:
-        return Dense
-    rows, L = int(sizes_S.sum()), int(sizes_S[0])
-    cost: dict[type[Dense] | type[Segments], float] = {
-        Dense: rows * E * r * width,
-        Segments: rows * k * r * width + S * (SINGLE if k == 1 else SEVERAL),
-    }
-    if bool((sizes_S == L).all()):
-        cost[Equal] = rows * k * r * width * BATCHED + S * k * r * width * GATHER
+    cost = costs(len(sizes), sum(sizes), max(sizes, default=0), E, k, r, width)
     return min(cost, key=lambda way: cost[way])
+
+
+def costs(
+    S: int, rows: int, longest: int, E: int, k: int, r: int, width: int
+) -> dict[type[Dense] | type[Segments], float]:
+    """What each way costs that can be gone, in multiply-adds; ``longest``: rows of the longest segment."""
+    cost: dict[type[Dense] | type[Segments], float] = {Dense: rows * width * (E * r + ROW)}
+    if S:
+        once = rows * width * (k * r + ROW)
+        cost[Segments] = once + S * (SINGLE if k == 1 else SEVERAL)
+        if S * longest == rows:
+            cost[Equal] = once + S * k * r * width * GATHER
+    return cost
 
 
 class Dense:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from taskmoe.kernels import little, reference
 from taskmoe.kernels import low_rank as low_rank_module
-from taskmoe.kernels import reference
 from taskmoe.kernels.low_rank import average, low_rank, low_rank_averaged
 from taskmoe.kernels.plan import Plan
 
@@ -93,8 +93,10 @@ def test_a_hook_on_the_expanded_bank_sees_every_task(make_case) -> None:
     torch.testing.assert_close(seen[0].sum(0), case.A.grad)
 
 
-def test_autocast_leaves_the_sums_alone(make_case, run_op) -> None:
-    case = make_case(dtype=torch.float32)
+@pytest.mark.parametrize("G", [1, 4])
+def test_autocast_leaves_the_sums_alone(make_case, run_op, monkeypatch, G) -> None:
+    monkeypatch.setattr(little, "_cheapest", lambda *_: None)  # the ops either way: bits are compared
+    case = make_case(dtype=torch.float32, G=G)
     plain = run_op(low_rank, case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = run_op(low_rank, case)
@@ -215,6 +217,11 @@ def test_average_refuses_what_does_not_fit() -> None:
 def test_an_unknown_expert_is_an_error(make_case, monkeypatch) -> None:
     from taskmoe.kernels import low_rank_cpu, ways
 
+    for plain in (little.dense, little.batched):
+        case = make_case(task_of_row=[0, 1, 2, 3], slots=[[5], [0], [0], [0]])
+        with pytest.raises((IndexError, RuntimeError), match=r"out of|index"):
+            plain(*case.args())
+    monkeypatch.setattr(little, "choose", lambda *_: None)
     for way in (ways.Dense, ways.Segments, ways.Equal):
         monkeypatch.setattr(low_rank_cpu, "choose", lambda *_, way=way: way)
         for expert in (5, -1):

@@ -1,25 +1,37 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from taskmoe.kernels import low_rank_cpu, reference
+from taskmoe.kernels import little, low_rank_cpu, reference
 from taskmoe.kernels.low_rank import low_rank
 from taskmoe.kernels.ways import Dense, Equal, Segments, choose
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-@pytest.fixture(params=[Dense, Segments, Equal], ids=lambda way: way.__name__)
-def way(request, monkeypatch) -> type:
+@pytest.fixture(params=[Dense, Segments, Equal, little.dense, little.batched], ids=lambda way: way.__name__)
+def way(request, monkeypatch) -> Any:
     """Each way through the CPU path, whatever the shape would choose; Equal where all segments are of one
-    length."""
+    length, plain autograd where it can be gone."""
+    wanted, choose_plain = request.param, little.choose
 
-    def forced(sizes_S, *_):
-        equal = len(sizes_S) > 0 and bool((sizes_S == sizes_S[0]).all())
-        return Segments if request.param is Equal and not equal else request.param
+    def forced(sizes, *_):
+        if wanted is Equal and len(set(sizes)) != 1:
+            return Segments
+        return wanted if isinstance(wanted, type) else choose(sizes, *_)
+
+    def plain(x_MK, A_GErK, B_GErN, slots_Tk, plan):
+        if isinstance(wanted, type):
+            return None
+        # Whether any of them may be used is asked of the real one, with a bank too small to prefer the ops.
+        allowed = choose_plain(x_MK, A_GErK[..., :1], B_GErN[..., :1], slots_Tk, plan) is not None
+        return wanted if allowed and (slots_Tk is not None or wanted is little.dense) else None
 
     monkeypatch.setattr(low_rank_cpu, "choose", forced)
+    monkeypatch.setattr(little, "choose", plain)
     return request.param
 
 
@@ -168,10 +180,32 @@ def test_only_what_is_needed_is_computed(make_case, way) -> None:
 
 def test_the_way_is_chosen_by_shape() -> None:
     def chosen(sizes: list[int], E: int = 64, k: int = 2, r: int = 8, width: int = 2048) -> type:
-        return choose(torch.tensor(sizes), E, k, r, width)
+        return choose(sizes, E, k, r, width)
 
     assert chosen([255, 257] * 4) is Segments
     assert chosen([8] * 32, E=256) is Equal
     assert chosen([1, 2] * 4) is Dense  # few rows: dispatch costs more than arithmetic
     assert chosen([255, 257] * 4, E=2) is Dense
     assert chosen([]) is Dense
+
+
+@pytest.mark.parametrize(
+    ("tasks", "experts", "k", "width", "plain"),
+    [
+        ([0, 1, 2, 3] * 8, 4, None, 64, little.dense),
+        ([0, 1, 2, 3] * 8, 4, 2, 64, little.dense),
+        ([i // 64 for i in range(256)], 32, 2, 64, little.batched),
+        ([i // 1024 for i in range(4096)], 32, 2, 1024, None),  # much work: memory counts
+        ([0] * 500 + [1] * 20 + [2] * 8, 64, 2, 512, None),  # padding would triple the rows
+    ],
+)
+def test_little_work_is_left_to_autograd(make_case, tasks, experts, k, width, plain) -> None:
+    sizes = {"task_of_row": tasks, "experts": experts, "k": k, "K": width, "N": width, "r": 8}
+    case = make_case(dtype=torch.float32, **sizes)
+    x, _, A, B, _, slots, _, plan = case.args()
+    assert little.choose(x, A, B, slots, plan) is plain
+    # One gradient a task, fp32 sums of bf16 rows and sums under autocast are the ops'.
+    assert little.choose(x, A.expand(4, -1, -1, -1), B.expand(4, -1, -1, -1), slots, plan) is None
+    assert little.choose(x.bfloat16(), A, B, slots, plan) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert little.choose(x, A, B, slots, plan) is None
