@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from taskmoe.moe import TaskMoEModel
 from taskmoe.moe.model import Routing
-from taskmoe.train.distributed import all_sum
 
 
 class RouterGradients:
@@ -26,6 +25,7 @@ class RouterGradients:
 
     Args:
         parameters: the shared parameters of ``model.routing``, by their names in the model.
+        add_up: sums a tensor over the ranks.
         gathered: makes partitioned parameters whole inside.
     """
 
@@ -33,9 +33,11 @@ class RouterGradients:
         self,
         model: TaskMoEModel,
         parameters: Mapping[str, nn.Parameter],
+        add_up: Callable[[Tensor], Tensor],
         gathered: Callable[[Mapping[str, nn.Parameter]], AbstractContextManager],
     ) -> None:
-        self.model, self.names, self._gathered = model, list(parameters), gathered
+        self.model, self.names = model, list(parameters)
+        self._add_up, self._gathered = add_up, gathered
         self._gates: dict[int, Tensor] = {}
 
     def clear(self) -> None:
@@ -70,7 +72,7 @@ class RouterGradients:
         with torch.enable_grad():
             values_STHk, _ = functional_call(routing, state, (ids,))
         absent = values_STHk.new_zeros(values_STHk[:, 0].shape)
-        gates_TSHk = all_sum(torch.stack([self._gates.get(t, absent) for t in tasks]))
+        gates_TSHk = self._add_up(torch.stack([self._gates.get(t, absent) for t in tasks]))
         outer = values_STHk.new_zeros(num_rows, *values_STHk.shape)
         for i, task in enumerate(tasks):
             outer[rows[task], :, i] = gates_TSHk[i]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.moe import TaskError, TaskMoEModel
-from taskmoe.moe.targets import routing_group
 from taskmoe.moe.task_ids import read_task_ids
+from taskmoe.train.combination import Combination, combine_directly, group_gramians, hand_in
 from taskmoe.train.config import ConfigError
 from taskmoe.train.distributed import Ranks, all_sum, world_size
 from taskmoe.train.router_gradients import RouterGradients
+from taskmoe.train.surgery.base import check_finite
 from taskmoe.train.surgery.combine import Surgery
 from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
 from taskmoe.train.task_matrix import TaskMatrix
@@ -37,19 +37,6 @@ from taskmoe.train.task_scope import choose_way, find_scope
 
 Weights = Mapping[str, Mapping[int, float]]  # {group of parameters: {task id: weight}}
 Gathered = Callable[[Mapping[str, nn.Parameter]], AbstractContextManager]
-
-
-@dataclass(frozen=True)
-class Combination:
-    """What :meth:`TaskGradients.combine` did.
-
-    rows: the task ids of each row. gramians: {group of parameters: fp64 [R, R] on the CPU, of the gradients
-    averaged over ranks}. weights: {group: fp64 [R]}; None for methods without one weight a row.
-    """
-
-    rows: list[list[int]]
-    gramians: dict[str, Tensor]
-    weights: dict[str, Tensor] | None
 
 
 class TaskGradients:
@@ -103,8 +90,9 @@ class TaskGradients:
         self.matrix = TaskMatrix(shapes, *place, eager=self.way == "fused")
         self._names = {id(p): n for n, p in self.scope.shared.items()}
         self._group = {n: g for g, names in self.scope.groups.items() for n in names}
-        self._routers = RouterGradients(model, self.scope.routers, gathered or (lambda _: nullcontext()))
-        self._open, self._step, self._combines = False, 0, 0
+        whole = gathered or (lambda _: nullcontext())
+        self._routers = RouterGradients(model, self.scope.routers, self._sum, whole)
+        self._open, self._combines = False, 0
         ids = None if task_ids is None else _flat(read_task_ids(task_ids, model.tasks))
         if max_tasks is not None and ids is None:
             raise ConfigError("surgery.max_tasks: folding needs the tasks of the step; give task_ids")
@@ -220,11 +208,14 @@ class TaskGradients:
         self.matrix.reduce()
         self._route()
         rows = self.row_tasks()
-        gramians = self._gramians()
+        gramians = group_gramians(self.matrix, self.scope, self._sum)
         firsts = [tasks[0] for tasks in rows]
         weights: dict[str, Tensor] | None = None
         if isinstance(method, DirectSurgery):
-            self._hand_in(self._direct(method, step, firsts))
+            for G_RR in gramians.values():
+                check_finite(G_RR, step, firsts)  # on all ranks alike
+            combined = combine_directly(self.matrix, self.scope, self._sum, method, step, firsts)
+            hand_in(self.matrix, self.scope, combined)
         else:
             weights = {g: method.weights(G_RR, step, firsts) for g, G_RR in gramians.items()}
             self._weigh(weights)
@@ -241,7 +232,7 @@ class TaskGradients:
             for group, kept in self._weights.items():
                 w_R = torch.tensor([kept.get(t, 1.0) for t in order], dtype=torch.float64)
                 names = [n for n in self.scope.groups[group] if n in self.scope.routers]
-                self._hand_in({n: self.matrix.weighted(n, w_R) for n in names})
+                hand_in(self.matrix, self.scope, {n: self.matrix.weighted(n, w_R) for n in names})
         self.begin(None if not self._fixed else self.rows)
 
     def row_tasks(self) -> list[list[int]]:
@@ -256,50 +247,15 @@ class TaskGradients:
             for name, parts in self._routers.rows(self.rows, self.matrix.num_rows).items():
                 self.matrix.add_whole(name, parts)
 
-    def _gramians(self) -> dict[str, Tensor]:
-        groups = self.scope.groups
-        G_SRR = all_sum(torch.stack([self.matrix.gramian(names) for names in groups.values()]))
-        # The passes were scaled by the number of ranks, over which an engine averages.
-        G_SRR = G_SRR / self.matrix.world_size**2
-        return dict(zip(groups, G_SRR, strict=True))
-
     def _weigh(self, weights: Mapping[str, Tensor]) -> None:
         for group, w_R in weights.items():
             # The one backward pass has left the sum in p.grad.
             if self.way != "fused" or not bool((w_R == 1).all()):
-                self._hand_in({n: self.matrix.weighted(n, w_R) for n in self.scope.groups[group]})
+                names = self.scope.groups[group]
+                hand_in(self.matrix, self.scope, {n: self.matrix.weighted(n, w_R) for n in names})
 
-    def _direct(self, method: DirectSurgery, step: int, rows: Sequence[int]) -> dict[str, Tensor | None]:
-        """For methods that see J itself; scaled back to what the passes were scaled by."""
-        W, matrix = self.matrix.world_size, self.matrix
-        layers: dict[str, list[str]] = {}
-        for name in self.scope.shared:
-            layers.setdefault(routing_group(name, "layer"), []).append(name)
-        names = [n for members in layers.values() for n in members]
-        reference = next(b for b in map(matrix.block, names) if b is not None)
-        blocks = []
-        for n in names:
-            block = matrix.block(n)
-            blocks.append(reference.new_zeros(len(rows), matrix.columns(n)) if block is None else block)
-        J_RP = torch.cat(blocks, dim=1) / W
-        sizes = [sum(matrix.columns(n) for n in members) for members in layers.values()]
-        offset = matrix.rank * J_RP.shape[1]
-        combined = method.combine(J_RP, sizes, step, rows, offset=offset, reduce=all_sum) * W
-        return dict(zip(names, combined.split([matrix.columns(n) for n in names]), strict=True))
-
-    def _hand_in(self, columns: Mapping[str, Tensor | None]) -> None:
-        """Each rank gives its columns, zeros elsewhere: the engine's own reduction puts them together."""
-        for name, columns_s in columns.items():
-            p = self.scope.shared[name]
-            if columns_s is None:
-                if p.grad is not None:
-                    p.grad.zero_()
-                continue
-            whole = self.matrix.place(name, columns_s)
-            if p.grad is None:
-                p.grad = whole.to(p.dtype)
-            else:
-                p.grad.copy_(whole)  # in place: under ZeRO-3 the parameter itself is not whole here
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return tensor if self.matrix.world_size == 1 else all_sum(tensor)
 
 
 def fold(tasks: Sequence[int], max_tasks: int | None, seed: int, step: int) -> dict[int, int]:

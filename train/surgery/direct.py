@@ -242,3 +242,5 @@ def _uniforms(key: int, start: int, n: int) -> np.ndarray:
 
 
 DIRECT: dict[str, Callable[..., Direct]] = {"gradvac": GradVac, "graddrop": GradDrop}
+# Those that treat each entry by itself, without state: they may be given one run of columns after another.
+BY_ENTRY = ("graddrop",)
