@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from taskmoe.moe import TaskMoEConfig, attach
+from taskmoe.moe import TaskMoEConfig, attach, siblings
 from taskmoe.moe.layer import MoELinear
 
 VOCAB = 61
@@ -48,6 +48,12 @@ def build(kind: str) -> nn.Module:
                           attention_probs_dropout_prob=0.0)  # fmt: skip
         return BertModel(bert)
     raise ValueError(kind)
+
+
+@pytest.fixture(autouse=True)
+def siblings_share_small_batches_too(monkeypatch):
+    """A CPU leaves small batches alone; here they are all small."""
+    monkeypatch.setattr(siblings, "SMALL", 0)
 
 
 @pytest.fixture(scope="session")

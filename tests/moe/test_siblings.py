@@ -74,7 +74,8 @@ def test_together_as_apart(kind, method, routed, batch, gradients, close, readin
     model, inputs = routed(kind, **METHODS[method]).double(), batch(kind, [2, 0, 1, 0])
     out, loss = reading(model, inputs)
     together = gradients(model, loss)
-    served = {"llama": [3, 2] * 2, "gpt2": [], "bert": [3] * 2, "t5": [3, 2] * 2 + [3, 2, 2] * 2}[kind]
+    served = {"llama": [3, 2] * 2, "gpt2": [], "bert": [3] * 2, "t5": [3, 2] * 4}[kind]
+    # (T5's decoder has 20 rows: few enough for gate and up to stay apart.)
     assert sorted(shrinks) == sorted(served)
     out_apart, loss_apart = reading(apart(model), inputs)
     assert len(shrinks) == len(served)
@@ -95,7 +96,7 @@ def test_generation_with_a_cache_and_beams(kind, routed, batch, shrinks) -> None
 def test_rows_that_only_look_the_same_are_not_shared(routed, shrinks) -> None:
     model = routed("llama")
     attention = model.base_model.model.layers[0].self_attn
-    context, x = model.context([0, 1]), torch.randn(2, 3, 16)
+    context, x = model.context([0, 1]), torch.randn(2, 10, 16)
     from taskmoe.moe.context import use
 
     with torch.no_grad(), use(context):
@@ -110,8 +111,23 @@ def test_rows_that_only_look_the_same_are_not_shared(routed, shrinks) -> None:
     torch.testing.assert_close(twice[0], twice[1])
 
 
+def test_sharing_must_be_worth_it(routed, batch, shrinks, monkeypatch) -> None:
+    model = routed("llama")
+    # q, k and v have 18 columns of experts side by side, gate and up 12.
+    model(**batch("llama", [0], length=18))
+    assert shrinks == []
+    model(**batch("llama", [0], length=19))
+    assert shrinks == [3] * 2
+    monkeypatch.setattr(siblings_module, "SMALL", 30 * 16 + 1)
+    model(**batch("llama", [0], length=30))
+    assert shrinks == [3] * 2
+    monkeypatch.setattr(siblings_module, "SMALL", 30 * 16)
+    model(**batch("llama", [0], length=30))
+    assert shrinks == [3] * 2 + [3, 2] * 2
+
+
 def test_dropout_gives_each_linear_its_own_rows(routed, batch, shrinks) -> None:
-    model, inputs = routed("llama", lora_dropout=0.5), batch("llama", [0, 1])
+    model, inputs = routed("llama", lora_dropout=0.5), batch("llama", [0, 1], length=20)
     model.train()
     model(**inputs)
     assert shrinks == []
