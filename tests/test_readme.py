@@ -43,7 +43,7 @@ def test_no_block_escapes() -> None:
 def test_the_python_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     code = [line for line in example.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     assert len(code) <= 30
     monkeypatch.chdir(tmp_path)
@@ -54,6 +54,20 @@ def test_the_python_example(
     assert words == again == copied and turned == words[::-1]
     saved = {path.name for path in (tmp_path / "copy_reverse").iterdir()}
     assert saved == {"adapter_config.json", "adapter_model.safetensors", "task_map.json"}
+
+
+def test_the_example_of_tasks_that_disagree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = blocks("python")
+    assert len(second.splitlines()) < 20
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(first.replace("range(100)", "range(1)"), "README.md", "exec"), names)
+    exec(compile(second, "README.md", "exec"), names)
+    report = names["report"]
+    assert report.rows == [[0], [1]] and (report.weights["all"] >= 1).all()
+    assert "tensor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("target", [*make_targets(), "test-all", "check", "lock"])
