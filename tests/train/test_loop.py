@@ -19,6 +19,7 @@ from taskmoe.train.config import (
     MixingConfig,
     PhaseConfig,
     SkillGymConfig,
+    SurgeryConfig,
     TokenizerConfig,
 )
 from taskmoe.train.data.errors import DataError
@@ -115,7 +116,11 @@ def untimed(run: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "time"} for line in read_log(run / "trainer_log.jsonl")]
 
 
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+SURGERY = SurgeryConfig(method="pcgrad", refresh_every=3, matrix_steps=5, max_tasks=3)
+
+
+@pytest.mark.parametrize("surgery", [SurgeryConfig(), SURGERY], ids=["plain", "surgery"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, surgery):
     # Dropout draws from the random state, length groups and phases from the sampler's: all must come back.
     data = replace(BASE.data, group_by_length_window=4)
     whole = replace(
@@ -129,8 +134,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
         ),
         save_steps=5,
         eval_steps=10,
+        surgery=surgery,
     )
     assert train(whole) == 0
+    logged = [line for line in untimed(tmp_path / "whole") if "grad/cosine_matrix" in line]
+    assert len(logged) == (4 if surgery.method else 0)
     for stop in (5, 10):
         half = tmp_path / f"half-{stop}"
         part = replace(whole, output_dir=str(half))
