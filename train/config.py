@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 
-__all__ = ["Config", "ConfigError", "DataConfig", "DatasetConfig", "EvaluationConfig", "MixingConfig",
-           "PhaseConfig", "SkillGymConfig", "SurgeryConfig", "TokenizerConfig", "TrackConfig"]  # fmt: skip
+__all__ = ["BalancingConfig", "Config", "ConfigError", "DataConfig", "DatasetConfig", "EvaluationConfig",
+           "MixingConfig", "PhaseConfig", "SkillGymConfig", "SurgeryConfig", "TokenizerConfig",
+           "TrackConfig"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,15 @@ class PhaseConfig:
     restart_schedule: bool = False  # warm-up and decay begin anew here; False: one schedule over the run
 
 
+@dataclass(frozen=True)
+class BalancingConfig:
+    """How the tasks' losses are weighed as they go; the weights multiply task_weights."""
+
+    method: str | None = None  # fixed | random | uncertainty | dwa | coba | famo (taskmoe.train.balancing)
+    options: dict | None = None  # of the method, for example {lr: 0.02}
+    validation_rows: int = 1  # method: coba; validation rows of each task that every step looks at
+
+
 SURGERY_WAYS = ("auto", "fused", "separate", "slices")
 SURGERY_SCOPES = ("all", "experts", "routers", "layer")
 
@@ -183,6 +193,7 @@ class Config:
     warmup_steps: int | None = None
     loss_reduction: str = "token"  # token | task | sample
     task_weights: dict[str, float] | None = None  # loss weight per task, default 1
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
     surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     label_smoothing_factor: float = 0.0
     bf16: bool = False

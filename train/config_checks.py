@@ -10,9 +10,10 @@ from typing import Any
 
 from taskmoe.moe.config import SCOPES, TaskMoEConfig
 from taskmoe.train import deepspeed_config
-from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, ConfigError, MixingConfig
+from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, MixingConfig
 from taskmoe.train.config_decode import Decoder, leaves
 from taskmoe.train.config_idle import ineffective
+from taskmoe.train.config_methods import check_balancing, check_surgery
 from taskmoe.train.mixing import MIXTURES
 from taskmoe.train.schedule import GROUPS, SCHEDULES, resolve_phases
 
@@ -75,6 +76,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
             "early_stopping_patience",
             *(f"surgery.{k}" for k in ("refresh_every", "max_tasks", "matrix_steps")),
+            "balancing.validation_rows",
         ),
         _COUNT,
     ),
@@ -129,14 +131,14 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
     if config.deepspeed is not None:
         deepspeed_config.read(config.deepspeed)
     _check_registries(config.moe, check)
-    if config.surgery.method is not None:
-        _check_surgery(config, check)
+    check_balancing(config, check)
+    check_surgery(config, check)
 
 
 def choices(path: str) -> Collection[str] | None:
     """The values a key may have, where they are a list of names.
 
-    Those of routers, gates and surgery are read from their registries, which imports torch.
+    Those of routers, gates, balancing and surgery are read from their registries, which imports torch.
     """
     if path == "moe.router":
         from taskmoe.moe.routers import ROUTERS
@@ -146,6 +148,10 @@ def choices(path: str) -> Collection[str] | None:
         from taskmoe.moe.gates import GATES
 
         return GATES
+    if path == "balancing.method":
+        from taskmoe.train.balancing.balancer import BALANCERS
+
+        return BALANCERS
     if path == "surgery.method":
         from taskmoe.train.surgery.combine import METHODS
         from taskmoe.train.surgery.direct import DIRECT
@@ -236,31 +242,6 @@ def _check_registries(moe: TaskMoEConfig, check: Decoder) -> None:
             raise check.fail(
                 f"moe.{key}", f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
             )
-
-
-def _check_surgery(config: Config, check: Decoder) -> None:
-    """The method and its options, by building it, which imports torch."""
-    from taskmoe.train.surgery.combine import Surgery
-    from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
-
-    surgery = config.surgery
-    assert surgery.method is not None
-    others = {g for phase in config.phases for g in phase.train} & {"base", "saved"}
-    if config.moe.modules_to_save is None:
-        others.discard("saved")
-    if surgery.way == "fused" and others and surgery.scope in ("all", "layer"):
-        message = f"'fused' splits experts and routers, and {sorted(others)[0]} trains too; set way to auto"
-        raise check.fail("surgery.way", f"{message}, or surgery.scope to experts")
-    try:
-        (DirectSurgery if surgery.method in DIRECT else Surgery)(surgery.method, surgery.options)
-    except ConfigError as error:
-        key, _, message = str(error).partition(": ")
-        raise check.fail(key, message) from error
-    if surgery.method in DIRECT and surgery.refresh_every > 1:
-        message = f"{surgery.refresh_every}, but {surgery.method!r} has no weights to use again; set it to 1"
-        raise check.fail("surgery.refresh_every", message)
-    if surgery.method in DIRECT and surgery.scope == "layer":
-        raise check.fail("surgery.scope", f"'layer' has no effect on {surgery.method!r}; set it to all")
 
 
 def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:

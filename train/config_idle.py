@@ -77,9 +77,16 @@ def _optimisation(config: Config) -> Iterator[Rule]:
         "task_embedding" not in trained,
         "no phase trains the task embedding",
     )
+    yield from _balancing(config)
     yield from _surgery(config, trained)
     own = bool(config.phases) and all(phase.mixing is not None for phase in config.phases)
     yield "mixing", own, "every phase has a mixing of its own"
+
+
+def _balancing(config: Config) -> Iterator[Rule]:
+    method = config.balancing.method
+    yield "balancing.options", method is None, "balancing.method is not set"
+    yield "balancing.validation_rows", method != "coba", f"balancing.method is {method!r}, not 'coba'"
 
 
 def _surgery(config: Config, trained: set[str]) -> Iterator[Rule]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taskmoe.moe import TaskError, TaskMoEModel, TaskTable
+from taskmoe.moe import TaskMoEModel, TaskTable
 from taskmoe.moe.state import load_adapter, save_adapter
 from taskmoe.train import checkpoint, run_folder
 from taskmoe.train.batches import build_batches, rows_per_step
-from taskmoe.train.config import Config, ConfigError
+from taskmoe.train.config import Config
 from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
 from taskmoe.train.evaluate import evaluate, evaluate_controls, primary_metrics
@@ -26,6 +26,7 @@ from taskmoe.train.objectives import Counts, count
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.signals import StopRequest
+from taskmoe.train.step_balancing import build_balancing, learns_from_validation
 from taskmoe.train.summary import controls_table, phase_lines
 from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
@@ -73,20 +74,16 @@ class Run:
             known = TaskTable.load(self.resumed / "task_map.json") if self.resumed else None
         tokenizer = self.resumed.parent / "tokenizer" if self.resumed else None
         say = print if ranks.is_main else (lambda line: None)
-        self.data = build_data(config, ranks, ("train", config.eval_split), known, tokenizer, say)
+        needed = ("train", config.eval_split, *(("validation",) if learns_from_validation(config) else ()))
+        self.data = build_data(config, ranks, needed, known, tokenizer, say)
         bundle = self.data.bundle
         self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
         self.added = self.tasks.names[len(known) :] if known is not None else []  # tasks the checkpoint lacks
         self.sizes = [len(s.tokens) for s in self.splits]
         self.rows_per_step = rows_per_step(config, ranks)
         self.meter = Meter(self.tasks, self.sizes)
-        self.weights_T = torch.ones(len(self.tasks), dtype=torch.float64)
         with as_one():
-            try:
-                for name, weight in (config.task_weights or {}).items():
-                    self.weights_T[self.tasks.id(name)] = weight
-            except TaskError as error:
-                raise ConfigError(f"task_weights: {error}") from error
+            self.balancing = build_balancing(config, self.data, ranks)
             primary_metrics(config, self.tasks)  # a typo is found now, not after the training
             self.batches = build_batches(
                 config, ranks, self.phases, self.splits, self.tasks.names, self.data.collator
@@ -95,6 +92,8 @@ class Run:
                 run_folder.check_same_shape(self.state, ranks.world_size, self.rows_per_step)
                 self.meter.load_state_dict(self.state["meter"], ranks.is_main)
                 self.batches.load_state_dict(self.state["batches"])
+            if self.resumed:
+                self.balancing.load(self.resumed)
         self._logged_at = time.monotonic()
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
         self.engine: Engine
@@ -114,6 +113,8 @@ class Run:
         """Phase after phase, to the end, an early stop, or a signal."""
         status = "failed"
         try:
+            for line in self.balancing.remarks([p.mixing.strategy for p in self.phases]):
+                self.tracker.line(line)
             for phase in self.phases[self.first.index :]:
                 if phase is not self.first:
                     self._leave()
@@ -176,17 +177,21 @@ class Run:
         both = all_sum(torch.stack([mine.tokens_T, mine.samples_T]))
         counts = Counts(both[0], both[1])
         self.model.train()
+        weights_T = self.balancing.begin(self.step, self.model)
         if self.engine.surgery is not None:
             self.engine.surgery.begin(self.step, counts, parts)
         with self.engine.accumulate():
             for i, batch in enumerate(batches):
-                args = (batch, counts, self.weights_T, config, self.ranks.device, i)
-                self.meter.add(learn(self.engine, *args))
+                sums_T = learn(self.engine, batch, counts, weights_T, config, self.ranks.device, i)
+                self.meter.add(sums_T)
+                self.balancing.add(sums_T)
         self.meter.count(counts)
+        self.balancing.update(counts)
         rate = learning_rates(config, self.phases, self.step)
         if self._moved and not self._checked:
             self._check_gradients()
         norm = self.engine.step(rate)
+        self.balancing.after_step(self.model, batches, counts)
         self._moved = self._moved or any(r > 0 for r in rate.values())
         self.step += 1
         return norm, rate
@@ -258,6 +263,7 @@ class Run:
             metrics.update(more)
             for line in lines:
                 self.tracker.line(line)
+        metrics.update(self.balancing.report(self.batches.sampler.rates, self.meter, metrics))
         if norm is not None:
             metrics["train/grad_norm"] = norm
         self.tracker.log_train(self.step, metrics)
@@ -348,8 +354,10 @@ class Run:
                 if self.ranks.is_main:
                     save_base(base_state(self.model), folder)
         self.engine.save(folder / "deepspeed")
-        if self.engine.surgery is not None and self.ranks.is_main:
-            self.engine.surgery.save(folder)
+        if self.ranks.is_main:
+            self.balancing.save(folder)
+            if self.engine.surgery is not None:
+                self.engine.surgery.save(folder)
 
     def _checkpoint_to_resume(self) -> Path | None:
         wanted = self.config.resume_from_checkpoint

@@ -8,7 +8,7 @@ Shapes: T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Balancer:
         self._method.load_state_dict(state["method"])
 
 
-BALANCERS: dict[str, Callable[..., Balancing]] = {
+BALANCERS: dict[str, type[Balancing]] = {
     "fixed": Fixed,
     "random": Random,
     "uncertainty": Uncertainty,

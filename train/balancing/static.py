@@ -28,6 +28,8 @@ class Fixed(Balancing):
 
     def __init__(self, n_tasks: int, seed: int, weights: Sequence[float] | None = None) -> None:
         super().__init__(n_tasks, seed)
+        if weights is not None and not isinstance(weights, list | tuple):
+            raise ConfigError(f"balancing.options.weights: {weights!r} is no list; give a number a task")
         given = [1.0] * n_tasks if weights is None else list(weights)
         if len(given) != n_tasks:
             raise ConfigError(f"balancing.options.weights: {len(given)} weights for {n_tasks} tasks")

@@ -26,9 +26,9 @@ class Tracker:
     """Follows one run. Rank 0 alone writes and speaks; on other ranks every method does nothing.
 
     Metric keys carry task slugs: ``train/loss``, ``train/loss/<slug>``, ``train/tokens/<slug>``,
-    ``train/epochs/<slug>``, ``learning_rate/<group>``, ``train/tokens_per_second``, ``eval/<slug>/<metric>``,
-    ``eval/macro/<metric>``, ``eval/score``. The log file keeps all of them; wandb draws curves for the first
-    ``config.track.per_task_keys`` tasks only.
+    ``train/epochs/<slug>``, ``weight/<slug>``, ``learning_rate/<group>``, ``train/tokens_per_second``,
+    ``eval/<slug>/<metric>``, ``eval/macro/<metric>``, ``eval/score``. The log file keeps all of them; wandb
+    draws curves for the first ``config.track.per_task_keys`` tasks only.
 
     Args:
         run_dir: folder of the run; ``trainer_log.jsonl`` and ``wandb/`` are written there.
@@ -141,6 +141,8 @@ def task_of(key: str) -> str | None:
     ('sum', 'sum', None, None)
     """
     parts = key.split("/")
+    if len(parts) == 2 and parts[0] == "weight":
+        return parts[1]
     if len(parts) != 3 or parts[1] == "macro":
         return None
     return {"train": parts[2], "eval": parts[1]}.get(parts[0])
@@ -149,5 +151,7 @@ def task_of(key: str) -> str | None:
 def is_time(key: str) -> bool:
     """Whether a metric measures the clock, so that two equal runs differ in it."""
     parts = key.split("/")
+    if parts[0] == "weight":
+        return False
     name = parts[1] if parts[0] == "train" and len(parts) == 3 else parts[-1]
     return name.split("_")[-1] in TIME_WORDS

@@ -159,6 +159,7 @@ def test_wandb_trouble_does_not_stop_the_log(wandb: Any, tmp_path: Path) -> None
         ("train/loss", None),
         ("eval/score", None),
         ("learning_rate/experts", None),
+        ("weight/sum", "sum"),
     ],
 )
 def test_task_of(key: str, task: str | None) -> None:
@@ -175,6 +176,7 @@ def test_task_of(key: str, task: str | None) -> None:
         ("train/loss/time", False),  # a task called time
         ("train/tokens/sum", False),
         ("eval/time/f1", False),
+        ("weight/time", False),
     ],
 )
 def test_is_time(key: str, expected: bool) -> None:
