@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from taskmoe.kernels import ways
 from taskmoe.kernels.plan import Plan
@@ -22,13 +23,13 @@ from taskmoe.kernels.plan import Plan
 Plain = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None, float, Plan], Tensor]
 
 # In the unit of ways.py: what calling the ops costs, forward and backward, ...
-OP = 2**23
+OP = 2**22
 # ... from where on that is nothing, and memory counts, ...
 MUCH = 2**28
 # ... what batched() costs more than dense(), what its padding costs, and a gathered element under autograd.
-BATCH = 2**21
-PAD = 2**22
-GATHER = 48
+BATCH = 2**19
+PAD = 2**19
+GATHER = 32
 
 
 def choose(
@@ -53,7 +54,7 @@ def _cheapest(S: int, rows: int, longest: int, E: int, k: int | None, r: int, wi
     else:
         cost[None] = min(ways.costs(S, rows, longest, E, k, r, width).values()) + OP
         padded = S * longest
-        copies = PAD + 2 * padded * width * ways.ROW if padded > rows else 0
+        copies = PAD + padded * width * ways.ROW if padded > rows else 0
         cost[batched] = padded * width * (k * r + ways.ROW) + BATCH + copies + S * k * r * width * GATHER
     best = min(cost, key=lambda way: cost[way])
     return best if cost[best] < MUCH else None
@@ -70,13 +71,16 @@ def dense(
     plan: Plan,
 ) -> Tensor:
     """See :func:`taskmoe.kernels.low_rank.low_rank`; G = 1. Every row times every expert: the gates pick."""
-    r, dtype = A_GErK.shape[2], x_MK.dtype
-    g_TE = gates_Tk.to(dtype) * scale
+    E, r, K = A_GErK.shape[1:]
+    tables = plan.op_tables()
+    g_TC = _like(gates_Tk, x_MK) * scale
     if slots_Tk is not None:
-        g_TE = g_TE.new_zeros(len(g_TE), A_GErK.shape[1]).scatter_add(1, slots_Tk, g_TE)
-    g_TC = g_TE if r == 1 else g_TE.repeat_interleave(r, dim=1)
-    h_MC = torch.mm(x_MK, A_GErK.to(dtype).flatten(0, 2).t()) * ways.over_rows(g_TC, plan.op_tables())
-    B_CN = B_GErN.to(dtype).flatten(0, 2)
+        g_TC = g_TC.new_zeros(plan.num_tasks, E).scatter_add(1, slots_Tk, g_TC)
+    if r > 1:
+        g_TC = g_TC.repeat_interleave(r, dim=1)
+    g_MC = g_TC.index_select(0, tables[2] if len(plan.tasks) == 1 else tables[0])
+    h_MC = linear(x_MK, _like(A_GErK, x_MK).reshape(E * r, K)) * g_MC
+    B_CN = _like(B_GErN, x_MK).reshape(E * r, B_GErN.shape[3])
     return torch.mm(h_MC, B_CN) if y_MN is None else torch.addmm(y_MN, h_MC, B_CN)
 
 
@@ -93,21 +97,25 @@ def batched(
     """See :func:`taskmoe.kernels.low_rank.low_rank`; G = 1, with slots. A batch of segments, each times the
     experts of its task; ragged segments are padded."""
     assert slots_Tk is not None
-    (_, _, r, K), N, dtype = A_GErK.shape, B_GErN.shape[3], x_MK.dtype
-    S, L = len(plan.tasks), plan.longest
+    (r, K), N = A_GErK.shape[2:], B_GErN.shape[3]
+    S, L, R = len(plan.tasks), plan.longest, r * slots_Tk.shape[1]
     tasks_S = plan.op_tables()[2]
     experts = slots_Tk.index_select(0, tasks_S).flatten()
-    R = r * slots_Tk.shape[1]
-    A_SRK = A_GErK.to(dtype).squeeze(0).index_select(0, experts).view(S, R, K)
-    B_SRN = B_GErN.to(dtype).squeeze(0).index_select(0, experts).view(S, R, N)
-    g_TR = gates_Tk.to(dtype) * scale
-    g_TR = g_TR if r == 1 else g_TR.repeat_interleave(r, dim=1)
+    A_SRK = _like(A_GErK, x_MK).index_select(1, experts).view(S, R, K)
+    B_SRN = _like(B_GErN, x_MK).index_select(1, experts).view(S, R, N)
+    g_TR = _like(gates_Tk, x_MK) * scale
+    if r > 1:
+        g_TR = g_TR.repeat_interleave(r, dim=1)
     g_S1R = g_TR.index_select(0, tasks_S).unsqueeze(1)
     places = plan.padded() if plan.rows < S * L else None
     x_PK = x_MK if places is None else x_MK.new_zeros(S * L, K).index_copy(0, places, x_MK)
     h_SLR = torch.bmm(x_PK.view(S, L, K), A_SRK.transpose(1, 2)) * g_S1R
     if places is None and y_MN is not None:
-        return torch.baddbmm(y_MN.view(S, L, N), h_SLR, B_SRN).flatten(0, 1)
-    out_PN = torch.bmm(h_SLR, B_SRN).flatten(0, 1)
+        return torch.baddbmm(y_MN.view(S, L, N), h_SLR, B_SRN).view(S * L, N)
+    out_PN = torch.bmm(h_SLR, B_SRN).view(S * L, N)
     out_MN = out_PN if places is None else out_PN.index_select(0, places)
     return out_MN if y_MN is None else y_MN + out_MN
+
+
+def _like(t: Tensor, x: Tensor) -> Tensor:
+    return t if t.dtype == x.dtype else t.to(x.dtype)

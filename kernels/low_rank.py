@@ -58,13 +58,15 @@ def low_rank(
     _check(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, plan)
     if y_MN is not None and x_MK.dtype != y_MN.dtype:
         x_MK = x_MK.to(y_MN.dtype)
-    plain = None if weight_NK is not None else little.choose(x_MK, A_GErK, B_GErN, slots_Tk, plan)
+    mode = ops.mode()
+    if mode == "auto" and weight_NK is None:
+        plain = little.choose(x_MK, A_GErK, B_GErN, slots_Tk, plan)
+        if plain is not None:
+            return plain(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
     with without_autocast(x_MK):
-        if ops.mode() == "reference":
+        if mode == "reference":
             out = reference.low_rank(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
             return out if weight_NK is None else out + x_MK @ weight_NK.t()
-        if plain is not None and not ops.use_triton(x_MK):
-            return plain(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, scale, plan)
         tables = tables_of(plan, x_MK)
         return _LowRank.apply(
             x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, float(scale), tables, weight_NK

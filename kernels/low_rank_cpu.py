@@ -147,8 +147,7 @@ def gate_gradient(
 ) -> Tensor:
     """``scale * <dh, s>`` over the rows of each task and the columns of each slot, ``[T, k]``."""
     T, k = gates_Tk.shape
-    grad = dh_MR.new_zeros(T, k)
-    if len(tables[-1]):
-        per_segment = torch.segment_reduce(dh_MR * s_MR, "sum", offsets=tables[1].long(), axis=0)
-        add_rows_(grad, tables[2].long(), per_segment.view(per_segment.shape[0], k, -1).sum(-1) * scale)
-    return grad.to(gates_Tk.dtype)
+    R = s_MR.shape[1]
+    grad_TR = dh_MR.new_zeros(T, R)
+    add_rows_(grad_TR, tables[0], dh_MR * s_MR)
+    return (grad_TR.view(T, k, R // k).sum(-1) * scale).to(gates_Tk.dtype)

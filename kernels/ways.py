@@ -23,8 +23,8 @@ from torch import Tensor
 ROW = 32
 # ... what one more segment costs (dispatch, and with several slots a task the gather and the scatter of their
 # bank rows), ...
-SINGLE = 2**20
-SEVERAL = 2**21
+SINGLE = 3 * 2**18
+SEVERAL = 2**20
 # ... and an element that is gathered.
 GATHER = 24
 

@@ -184,7 +184,7 @@ def test_the_way_is_chosen_by_shape() -> None:
 
     assert chosen([255, 257] * 4) is Segments
     assert chosen([8] * 32, E=256) is Equal
-    assert chosen([1, 2] * 4) is Dense  # few rows: dispatch costs more than arithmetic
+    assert chosen([1, 2] * 4, E=16) is Dense  # few rows: dispatch costs more than arithmetic
     assert chosen([255, 257] * 4, E=2) is Dense
     assert chosen([]) is Dense
 
