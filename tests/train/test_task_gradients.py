@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from taskmoe.moe import ConfigError, TaskError, TaskMoEConfig, TaskTable, attach
+from taskmoe.moe import ConfigError, TaskError, TaskMoEConfig, TaskTable, attach, siblings
 from taskmoe.moe.heads import attach_heads
 from taskmoe.train.choices import generator
 from taskmoe.train.surgery.combine import Surgery
@@ -38,6 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "before, mlp, heads": {**MLP, "compose": "before", "num_heads": 2},
     "before, top-k": {**MLP, "compose": "before", "gate": "top_k", "top_k": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def siblings_share_small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU leaves small batches alone; here they are all small."""
+    monkeypatch.setattr(siblings, "SMALL", 0)
 
 
 def base(kind: str) -> nn.Module:
@@ -243,7 +249,7 @@ def test_what_one_task_alone_touches_keeps_its_gradient():
             losses(model, batch(kind)).sum().backward()
         assert name not in grads.matrix.shapes and grads.scope.private[name][1] in (0, 1)
         grads.combine("pcgrad")
-        assert expected.any() and torch.equal(found(model)[name], expected)
+        assert expected.any() and distance({name: found(model)[name]}, {name: expected}) <= 1e-12
 
 
 @pytest.mark.parametrize(("scope", "inside"), [("experts", "bank"), ("routers", "routing")])
