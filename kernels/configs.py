@@ -65,35 +65,50 @@ def keys() -> Iterator[Key]:
                 yield from (Key(kernel, rank, width, bits) for bits in BITS)
 
 
+def expand_columns(R: int, bits: int) -> int:
+    """Rank columns that expand multiplies at a time.
+
+    A thread keeps its rows' columns in registers: no more than those hold beside the sums. Without a matrix
+    unit (fp32 in full precision; fp64 on some GPUs) that is the least that a product takes.
+    """
+    return min(rank_bucket(R), 32) if bits == 16 else MIN_TILE
+
+
+def reduce_tile(r: int, D: int) -> tuple[int, int]:
+    """Rank rows and wide columns of a program of reduce: all rows of an expert, 4096 sums in registers."""
+    rows = 1 << (r - 1).bit_length()
+    return rows, max(MIN_TILE, min(512, 4096 // rows, 1 << (D - 1).bit_length()))
+
+
 def default(key: Key) -> Launch:
-    """What an unknown GPU uses: no spilled registers and at most 100 KB of shared memory on sm_80 and
-    newer."""
+    """What an unknown GPU uses: no spilled registers, and at most the 99 KB of shared memory that a block has
+    on the smallest GPU of sm_80 and newer, with banks of fp32."""
     large = key.rank >= 64
     if key.kernel == "shrink":
         # Two operands a stage, BM x width and width x rank: fewer stages where they are large.
         return {
-            16: Launch(128, 0, 8 if key.rank > 64 else 4, 2 if large else 4),
+            16: Launch(128, 0, 4, {16: 4, 32: 3, 64: 2}[key.rank]) if key.rank < 128 else Launch(64, 0, 4, 2),
             32: Launch(64 if key.rank < 128 else 32, 0, 8 if large else 4, 2 if large else 3),
-            64: Launch(32 if key.rank < 128 else 16, 0, 8 if large else 4, 2),
+            64: Launch(16, 0, 8 if large else 4, 2),
         }[key.bits]
     if key.kernel == "expand":
         # One product, no loop to hide latency in: wide tiles and many warps.
         return {
-            16: Launch(256, 0, 8, 1),
-            32: Launch(128 if key.rank < 64 else 64, 0, 8, 1),
-            64: Launch(64 if key.rank < 64 else 32, 0, 8, 1),
+            16: Launch(128 if large else 256, 0, 8, 1),
+            32: Launch(64, 0, 8, 1),
+            64: Launch(32, 0, 8, 1),
         }[key.bits]
     return {  # wgrad
         16: Launch(128, 64 if key.rank < 128 else 32, 8 if large else 4, 3),
-        32: Launch(64, 32, 8 if large else 4, 2),
-        64: Launch(32, 16, 8 if large else 4, 2),
+        32: Launch(64 if key.rank < 128 else 32, 32, 8 if key.rank == 64 else 4, 2),
+        64: Launch(16, 16, 4, 2),
     }[key.bits]
 
 
 # (architecture, key) -> Launch where the default is not the best known: a data centre's Hopper and Blackwell
-# have 227 KB of shared memory for a block, so that four stages fit for every rank.
+# have 227 KB of shared memory, for one block with four stages at rank 64, or for two with three at rank 128.
 TABLE: dict[tuple[str, Key], Launch] = {
-    (arch, Key("shrink", rank, width, 16)): Launch(128, 0, 8 if rank > 64 else 4, 4)
+    (arch, Key("shrink", rank, width, 16)): Launch(128, 0, 4, 4) if rank == 64 else Launch(64, 0, 4, 3)
     for arch in ("sm_90", "sm_100")
     for rank in (64, 128)
     for width in WIDTHS

@@ -106,8 +106,9 @@ def expand(
                 rank_MR, gates.contiguous(), bank_ErD, slots, rows.tiles, rows.pairs, y_MD, out,
                 rank_MR.stride(0), y_MD.stride(0), D, SCALE=scale, r=r, R=R, SLOTS=slots is not None,
                 PAIRS=rows.pairs is not None, PER=rows.per, ROW_GATES=rows.row_gates, ADD=add, BM=rows.size,
-                BR=configs.rank_bucket(R), BD=at.width, ACC=ACCUMULATORS[accumulator(like.dtype)],
-                PRECISION=_precision(like), num_warps=at.num_warps, num_stages=at.num_stages,
+                BR=configs.expand_columns(R, 8 * like.element_size()), BD=at.width,
+                ACC=ACCUMULATORS[accumulator(like.dtype)], PRECISION=_precision(like),
+                num_warps=at.num_warps, num_stages=at.num_stages,
             )  # fmt: skip
     return out
 
@@ -147,8 +148,7 @@ def reduce(part_cRD: Tensor, slots: Tensor | None, rows: Rows, like_GErD: Tensor
     none."""
     G, E, r, D = like_GErD.shape
     out = torch.empty(G, E, r, D, dtype=like_GErD.dtype, device=like_GErD.device)
-    BR = triton.next_power_of_2(r)
-    BD = max(16, min(1024, 4096 // BR, triton.next_power_of_2(D)))
+    BR, BD = configs.reduce_tile(r, D)
     with _on(part_cRD):
         low_rank_triton.reduce[(G * E, triton.cdiv(D, BD))](
             part_cRD, slots, rows.chunk_ptr, out, E, D, (len(rows.chunk_ptr) - 1) // G,
