@@ -121,7 +121,8 @@ def op_arguments() -> Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]:
         A, B = randn(E, r, K), randn(E, r, N)
         triton = ops.use_triton(x)
         tables = plan.op_tables(tiles=triton)
-        for slots, G, add, few in ((torch.randint(E, (T, k), generator=g), T, y, False), (None, 1, None, True)):
+        chosen = torch.randint(E, (T, k), generator=g)
+        for slots, G, add, few in ((chosen, T, y, False), (None, 1, None, True)):
             R = r * (E if slots is None else k)
             A_g, B_g = A.expand(G, -1, -1, -1), B.expand(G, -1, -1, -1)
             gates, s, ds = randn(T, R // r), randn(M, R), randn(M, R)

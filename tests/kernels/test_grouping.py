@@ -41,7 +41,7 @@ def test_with_a_task_axis_a_group_is_of_one_task() -> None:
 def test_tiles_and_chunks_hold_every_pair_once(M: int, k: int, G: int) -> None:
     slots = random_slots(M, k)
     tasks = torch.arange(M) * G // max(M, 1) if G > 1 else None
-    pairs, experts, runs, tiles, chunks, chunk_ptr, size = group_rows(slots, tasks, G, E, tiles=True)
+    pairs, _, runs, tiles, chunks, chunk_ptr, size = group_rows(slots, tasks, G, E, tiles=True)
     assert int(size) == tile_rows(M, G * E) and size.device.type == "cpu"
     of_group = {group: (first, end) for group, first, end in runs.tolist()}
     for table, most in ((tiles, int(size)), (chunks, chunk_rows(M))):
@@ -73,5 +73,7 @@ def test_there_is_room_for_the_worst_case() -> None:
     one = torch.zeros(M, 1, dtype=torch.int64)
     even = (torch.arange(M) % E)[:, None]
     skew = torch.cat([torch.tensor([1, 2]), torch.zeros(M - 2, dtype=torch.int64)])[:, None]
-    shapes = {tuple(t.shape for t in group_rows(slots, None, 1, E, tiles=True)) for slots in (one, even, skew)}
+    shapes = {
+        tuple(t.shape for t in group_rows(slots, None, 1, E, tiles=True)) for slots in (one, even, skew)
+    }
     assert len(shapes) == 1

@@ -90,13 +90,14 @@ def test_a_tile_is_a_power_of_two_that_fits_the_segments() -> None:
 
 
 def test_a_chunk_grows_with_the_rows() -> None:
-    assert [chunk_rows(rows) for rows in (0, 8191, 8192, 16384, 32768, 10**7)] == [128, 128, 256, 512, 1024, 1024]
+    sizes = [chunk_rows(rows) for rows in (0, 8191, 8192, 16384, 32768, 10**7)]
+    assert sizes == [128, 128, 256, 512, 1024, 1024]
 
 
 def test_pieces_hold_each_row_once_and_never_straddle_a_run() -> None:
     # Runs need not be in the order of their rows, and may be empty.
-    groups, starts, sizes = torch.tensor([5, 0, 9, 5]), torch.tensor([0, 40, 33, 33]), torch.tensor([33, 7, 0, 7])
-    pieces, begins = cut(groups, starts, sizes, 16)
+    groups, starts = torch.tensor([5, 0, 9, 5]), torch.tensor([0, 40, 33, 33])
+    pieces, begins = cut(groups, starts, torch.tensor([33, 7, 0, 7]), 16)
     assert pieces.tolist() == [[5, 0, 16], [5, 16, 32], [5, 32, 33], [0, 40, 47], [5, 33, 40]]
     assert begins.tolist() == [0, 3, 4, 4, 5]
     assert pieces.dtype == begins.dtype == torch.int32
@@ -114,7 +115,14 @@ def test_surplus_pieces_are_empty() -> None:
 
 @pytest.mark.parametrize(
     "task_of_row",
-    [[], [2], [1] * 40, [0] * 17 + [3] + [0] * 30 + [1] * 16, [i // 3 % 4 for i in range(300)], [1] * 300 + [0] * 140],
+    [
+        [],
+        [2],
+        [1] * 40,
+        [0] * 17 + [3] + [0] * 30 + [1] * 16,
+        [i // 3 % 4 for i in range(300)],
+        [1] * 300 + [0] * 140,
+    ],
     ids=len,
 )
 def test_tiles_and_chunks_of_a_plan(task_of_row: list[int]) -> None:

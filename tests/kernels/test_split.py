@@ -167,7 +167,12 @@ def test_a_core_of_low_precision_rows_is_computed_in_fp32() -> None:
 
 def test_no_rows() -> None:
     plan = Plan.from_rows([], T)
-    x, banks, B, gates = randn(0, K), [randn(1, E, r, K, seed=i) for i in range(2)], randn(1, E, r, N), randn(T, 2)
+    x, banks, B, gates = (
+        randn(0, K),
+        [randn(1, E, r, K, seed=i) for i in range(2)],
+        randn(1, E, r, N),
+        randn(T, 2),
+    )
     s, other = shrink(x, banks, [ids(2)] * 2, plan)
     out = expand(s, None, B, gates, ids(2), 0.5, plan)
     assert s.shape == other.shape == (0, 2 * r) and out.shape == (0, N)
@@ -184,9 +189,18 @@ def test_gradcheck(k: int | None) -> None:
         banks = [bank.expand(T, -1, -1, -1) for bank in (A, other)]
         first, second = shrink(x, banks, [slots, slots], plan)
         spread = B.expand(T, -1, -1, -1)
-        return expand(first, y, spread, gates, slots, 0.5, plan), expand(second, None, spread, gates, slots, 2.0, plan)
+        return expand(first, y, spread, gates, slots, 0.5, plan), expand(
+            second, None, spread, gates, slots, 2.0, plan
+        )
 
-    leaves = (randn(4, 3), randn(4, 2), randn(E, 1, 3), randn(E, 1, 3, seed=1), randn(E, 1, 2), randn(T, width))
+    leaves = (
+        randn(4, 3),
+        randn(4, 2),
+        randn(E, 1, 3),
+        randn(E, 1, 3, seed=1),
+        randn(E, 1, 2),
+        randn(T, width),
+    )
     assert torch.autograd.gradcheck(halves, leaves)
 
 

@@ -53,7 +53,9 @@ def call(
     return functions[module, op](*args), A, B
 
 
-def outcome(module: str, op: str, at: dict[str, Tensor], slots: Tensor | None, G: int = 1) -> dict[str, Tensor]:
+def outcome(
+    module: str, op: str, at: dict[str, Tensor], slots: Tensor | None, G: int = 1
+) -> dict[str, Tensor]:
     out, A, B = call(module, op, at, slots, G)
     upstream = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
     wanted = at | {"A_g": A, "B_g": B}
@@ -84,7 +86,11 @@ def test_forward_and_gradients_are_the_reference(op: str, G: int, r: int, k: int
 
 def test_an_expert_named_twice_by_a_row_counts_twice_by_hand() -> None:
     plan = Plan.from_rows([0, 0], 1)
-    x, A, B = torch.tensor([[3.0], [5.0]], requires_grad=True), torch.full((1, 2, 1, 1), 2.0), torch.ones(1, 2, 1, 1)
+    x, A, B = (
+        torch.tensor([[3.0], [5.0]], requires_grad=True),
+        torch.full((1, 2, 1, 1), 2.0),
+        torch.ones(1, 2, 1, 1),
+    )
     gates = torch.tensor([[1.0, 0.5], [10.0, 100.0]], requires_grad=True)
     slots = torch.tensor([[1, 1], [0, 1]])
     out = grouped_low_rank(x, torch.ones(2, 1), A, B, gates, slots, 2.0, plan)
@@ -99,7 +105,9 @@ def test_sparse_gates_are_the_slots_that_they_spread_from() -> None:
     grouped = outcome("fast", "grouped", at, slots, T)
     dense = torch.zeros(PLAN.rows, E, dtype=torch.float64).scatter_add(1, slots, at["gates"])
     gated = outcome("fast", "gated", at | {"gates": dense}, None, T)
-    torch.testing.assert_close(gated.pop("gates").gather(1, slots), grouped.pop("gates"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        gated.pop("gates").gather(1, slots), grouped.pop("gates"), rtol=1e-12, atol=1e-12
+    )
     for name, value in grouped.items():
         torch.testing.assert_close(gated[name], value, rtol=1e-12, atol=1e-12)
 
@@ -162,7 +170,9 @@ def test_low_precision_rows_with_fp32_banks(op: str, dtype: torch.dtype) -> None
     at, slots = operands(op, dtype=dtype)
     found, truth = outcome("fast", op, at, slots, T), outcome("reference", op, at, slots, T)
     for name, value in truth.items():
-        assert found[name].dtype == value.dtype == (dtype if name in ("x", "y", "out") else torch.float32), name
+        assert found[name].dtype == value.dtype == (dtype if name in ("x", "y", "out") else torch.float32), (
+            name
+        )
         # A rounding of x, of the bank, of s and of the result, against a truth that rounds the result only.
         limit = 4 * torch.finfo(dtype).eps * max(float(value.abs().max()), 1.0)
         assert float((found[name] - value).abs().max()) <= limit, name
@@ -238,7 +248,13 @@ M = PLAN.rows
     ],
 )
 def test_shapes_that_do_not_fit_are_named(op: str, change, message: str) -> None:
-    args = [torch.ones(M, K), torch.ones(M, N), torch.ones(1, E, 2, K), torch.ones(1, E, 2, N), torch.ones(M, E)]
+    args = [
+        torch.ones(M, K),
+        torch.ones(M, N),
+        torch.ones(1, E, 2, K),
+        torch.ones(1, E, 2, N),
+        torch.ones(M, E),
+    ]
     for i, value in change.items():
         args[i] = value
     with pytest.raises(ValueError, match=message):
