@@ -19,6 +19,7 @@ from taskmoe.train.config import (
     MixingConfig,
     PhaseConfig,
     SkillGymConfig,
+    SurgeryConfig,
     TokenizerConfig,
     TrackConfig,
 )
@@ -339,6 +340,17 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
         ("phases: [{adapters: false}]", "phases.0.train: experts, router, task_embedding cannot train while"),
         ("report_to: [wandb, none]", "report_to: 'none' stands beside others"),
         ("deepspeed: nowhere/zero1.json", "deepspeed: cannot read nowhere/zero1.json"),
+        ("surgery: {method: pcgard}", "surgery.method: 'pcgard' is not one of .*; the nearest is 'pcgrad'"),
+        ("surgery: {method: pcgrad, options: {c: 1}}", "surgery.options.c: 'pcgrad' has no such option"),
+        ("surgery: {method: sum, scope: heads}", "surgery.scope: 'heads' is not one of all, experts"),
+        ("surgery: {method: sum, way: fast}", "surgery.way: 'fast' is not one of auto, fused, separate"),
+        ("surgery: {method: sum, max_tasks: 0}", "surgery.max_tasks: 0 is out of range"),
+        ("surgery: {method: gradvac, refresh_every: 2}", "surgery.refresh_every: 2, but 'gradvac' has no"),
+        ("surgery: {method: graddrop, scope: layer}", "surgery.scope: 'layer' has no effect on 'graddrop'"),
+        (
+            "surgery: {method: sum, way: fused}\nphases: [{train: [base, experts]}]",
+            "surgery.way: 'fused' splits experts and routers, and base trains too; set way to auto",
+        ),
     ],
 )
 def test_values_that_cannot_be_used(write, text: str, message: str) -> None:
@@ -396,6 +408,10 @@ def test_explicit_mixing_through_datasets(write) -> None:
         ("report_to: []\ntrack: {wandb_project: x}", "track.wandb_project"),
         ("early_stopping_patience: 3", "early_stopping_patience"),
         ("datasets: [{path: a, name: a, weight: 2}]", "datasets.0.weight"),
+        ("surgery: {scope: experts}", "surgery.scope"),
+        ("surgery: {options: {reduction: mean}}", "surgery.options"),
+        ("surgery: {method: sum, scope: routers}", "surgery.scope"),  # rows of a table are each one task's
+        ("surgery: {method: sum, scope: experts}\nphases: [{train: [router]}]", "surgery.scope"),
     ],
 )
 def test_keys_without_effect(write, text: str, key: str) -> None:
@@ -509,6 +525,7 @@ RICH = Config(
     resume_from_checkpoint="true",
     run_name="007",
     learning_rate=1e-5,
+    surgery=SurgeryConfig(method="pcgrad", options={"reduction": "mean"}, scope="layer", max_tasks=3),
     track=TrackConfig(wandb_entity="x"),
 )
 
