@@ -48,7 +48,7 @@ def choose(
 
 @lru_cache(maxsize=1024)
 def _cheapest(S: int, rows: int, longest: int, E: int, k: int | None, r: int, width: int) -> Plain | None:
-    cost: dict[Plain | None, float] = {dense: rows * width * (E * r + ways.ROW)}
+    cost: dict[Plain | None, float] = {dense: rows * width * (E * r + ways.WHOLE)}
     if k is None:
         cost[None] = cost[dense] + OP
     else:

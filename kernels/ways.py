@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 # In multiply-adds of a large product, measured on one CPU core: columns that a row costs whatever its rank
-# (memory traffic), ...
+# (memory traffic), and fewer where one product takes all rows, ...
 ROW = 32
+WHOLE = 24
 # ... what one more segment costs (dispatch, and with several slots a task the gather and the scatter of their
 # bank rows), ...
 SINGLE = 3 * 2**18
-SEVERAL = 2**20
+SEVERAL = 5 * 2**19
 # ... and an element that is gathered.
 GATHER = 24
 
@@ -45,7 +46,7 @@ def costs(
     S: int, rows: int, longest: int, E: int, k: int, r: int, width: int
 ) -> dict[type[Dense] | type[Segments], float]:
     """What each way costs that can be gone, in multiply-adds; ``longest``: rows of the longest segment."""
-    cost: dict[type[Dense] | type[Segments], float] = {Dense: rows * width * (E * r + ROW)}
+    cost: dict[type[Dense] | type[Segments], float] = {Dense: rows * width * (E * r + WHOLE)}
     if S:
         once = rows * width * (k * r + ROW)
         cost[Segments] = once + S * (SINGLE if k == 1 else SEVERAL)
