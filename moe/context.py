@@ -52,16 +52,26 @@ class Context:
         task_ids: id of the task of each sequence ([B]) or of each position ([B][L], packed rows).
         gates: one :class:`Gate` a routing group, rows in the order of :attr:`tasks`.
         enabled: False runs the base model alone.
+        halves: not None: each task counts as two, of every other of its sequences (of packed rows: every
+            other row); this number is added to theirs, so that one sequence alone may be in either half.
     """
 
-    def __init__(self, task_ids: Sequence[Any], gates: Sequence[Gate] = (), enabled: bool = True) -> None:
+    def __init__(
+        self,
+        task_ids: Sequence[Any],
+        gates: Sequence[Gate] = (),
+        enabled: bool = True,
+        halves: int | None = None,
+    ) -> None:
         self.packed = bool(task_ids) and isinstance(task_ids[0], (list, tuple))
         self.num_sequences = len(task_ids)
         self.length = len(task_ids[0]) if self.packed else None
-        flat = [t for row in task_ids for t in row] if self.packed else list(task_ids)
-        self.tasks = sorted(set(flat))  # ids of the tasks in this batch
-        index = {t: i for i, t in enumerate(self.tasks)}
-        self._row_index = [index[t] for t in flat]
+        keys = _with_halves(task_ids, self.packed, halves)
+        entries = sorted(set(keys))
+        self.tasks = [t for t, _ in entries]  # ids of the tasks in this batch
+        self.halves = [h for _, h in entries]
+        index = {entry: i for i, entry in enumerate(entries)}
+        self._row_index = [index[key] for key in keys]
         self.gates = list(gates)
         self.enabled = enabled
         self.bridge: GateBridge | None = None
@@ -110,6 +120,21 @@ class Context:
                 plan = Plan.from_sequences(self._row_index, rows // self.num_sequences, len(self.tasks))
             self._plans[rows] = plan
         return plan
+
+
+def _with_halves(task_ids: Sequence[Any], packed: bool, halves: int | None) -> list[tuple[Any, int]]:
+    """(task, half) of each sequence or position; half 0 where tasks are not cut in two."""
+    if packed:
+        cut = 0 if halves is None else 1
+        return [(t, cut * (b + (halves or 0)) % 2) for b, row in enumerate(task_ids) for t in row]
+    if halves is None:
+        return [(t, 0) for t in task_ids]
+    seen: dict[Any, int] = {}
+    keys = []
+    for t in task_ids:
+        seen[t] = seen.get(t, halves - 1) + 1
+        keys.append((t, seen[t] % 2))
+    return keys
 
 
 _current: ContextVar[Context | None] = ContextVar("taskmoe_context", default=None)

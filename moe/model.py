@@ -119,22 +119,21 @@ class TaskMoEModel(nn.Module):
         enabled = self._mode != "off"
         if not enabled:
             return Context(ids, enabled=False)
-        context = Context(ids)
+        parts = self.parts if torch.is_grad_enabled() else None
+        context = Context(ids, halves=None if parts is None else parts.halves)
         tasks = torch.tensor(context.tasks, device=self.device)
         values_STHk, slots = self.routing(tasks)
         if self._mode == "uniform":
             shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
             values_STHk, slots = uniform(values_STHk.detach().new_zeros(shape), 1.0, None)
         if torch.is_grad_enabled() and values_STHk.requires_grad:
-            keep = None if self.parts is None else partial(self.parts.keep_gates, context.tasks)
+            keep = None if parts is None else partial(parts.keep_gates, context.tasks)
             context.bridge = GateBridge(values_STHk, keep)
             rows: Sequence[Tensor] = context.bridge.leaves
         else:
             rows = values_STHk.unbind(0)
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
-        split = None
-        if self.parts is not None and torch.is_grad_enabled():
-            split = splitter(self.parts, context.tasks)
+        split = None if parts is None else splitter(parts, context.tasks, context.halves)
         context.gates = [Gate(v, None if slots is None else slots[i], split) for i, v in enumerate(rows)]
         return context
 

@@ -22,14 +22,19 @@ Split = Callable[..., tuple[Tensor, ...]]
 
 
 class Parts(Protocol):
-    """Who keeps them."""
+    """Who keeps them. ``halves``: not None in passes where each task is cut in two (see ``Context``)."""
+
+    halves: int | None
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Whether the gradient of this parameter is to be kept apart."""
         ...
 
-    def keep(self, parameter: nn.Parameter, tasks: Sequence[int], parts: Tensor) -> Tensor | None:
-        """Called in the backward pass, once a use of the parameter: parts [Tb, *shape], one a task id.
+    def keep(
+        self, parameter: nn.Parameter, tasks: Sequence[int], halves: Sequence[int], parts: Tensor
+    ) -> Tensor | None:
+        """Called in the backward pass, once a use of the parameter: parts [Tb, *shape], one a task id and
+        half.
 
         What is returned (None: the parts themselves) is summed into ``p.grad``.
         """
@@ -40,22 +45,24 @@ class Parts(Protocol):
         ...
 
 
-def splitter(parts: Parts, tasks: Sequence[int]) -> Split:
+def splitter(parts: Parts, tasks: Sequence[int], halves: Sequence[int]) -> Split:
     """How the banks of one forward pass on these task ids get their task axis."""
 
     def split(*parameters: nn.Parameter) -> tuple[Tensor, ...]:
         if not any(parts.wants(p) for p in parameters):
             return tuple(p.unsqueeze(0) for p in parameters)
-        return tuple(_expanded(p, parts, tasks) for p in parameters)
+        return tuple(_expanded(p, parts, tasks, halves) for p in parameters)
 
     return split
 
 
-def _expanded(parameter: nn.Parameter, parts: Parts, tasks: Sequence[int]) -> Tensor:
+def _expanded(
+    parameter: nn.Parameter, parts: Parts, tasks: Sequence[int], halves: Sequence[int]
+) -> Tensor:
     view = parameter.expand(len(tasks), *parameter.shape)
     # Not in the first forward of reentrant checkpointing, which builds no graph.
     if view.requires_grad and parts.wants(parameter):
-        view.register_hook(lambda gradient: parts.keep(parameter, tasks, gradient))
+        view.register_hook(lambda gradient: parts.keep(parameter, tasks, halves, gradient))
     return view
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from taskmoe.moe.targets import routing_group
 from taskmoe.train.surgery.direct import BY_ENTRY, DirectSurgery
+from taskmoe.train.surgery.gramian import same_task_cosines
 from taskmoe.train.task_matrix import TaskMatrix
 from taskmoe.train.task_scope import Scope
 
@@ -27,18 +28,28 @@ class Combination:
     """What :meth:`TaskGradients.combine` did.
 
     rows: the task ids of each row. gramians: {group of parameters: fp64 [R, R] on the CPU, of the gradients
-    averaged over ranks}. weights: {group: fp64 [R]}; None for methods without one weight a row.
+    averaged over ranks}. weights: {group: fp64 [R]}; None for methods without one weight a row. same_task:
+    fp64 [R], the cosine of two halves of each row's own sequences on the experts, nan where there is one
+    half; None where it was not asked for.
     """
 
     rows: list[list[int]]
     gramians: dict[str, Tensor]
     weights: dict[str, Tensor] | None
+    same_task: Tensor | None = None
 
 
 def group_gramians(matrix: TaskMatrix, scope: Scope, add_up: AddUp) -> dict[str, Tensor]:
     """{group of parameters: J J', fp64 [R, R] on the CPU}, equal on all ranks: one collective."""
     mine = torch.stack([matrix.gramian(names) for names in scope.groups.values()])
     return dict(zip(scope.groups, add_up(mine) / matrix.world_size**2, strict=True))
+
+
+def half_cosines(matrix: TaskMatrix, scope: Scope, add_up: AddUp) -> Tensor:
+    """What cosine noise leaves of tasks that agree: of rows r and R + r, the halves of one; fp64 [R]."""
+    G = sum(group_gramians(matrix, scope, add_up).values(), torch.zeros(()))
+    R = matrix.num_rows // 2
+    return same_task_cosines(G.diagonal()[:R], G.diagonal()[R:], G[:R, R:].diagonal())
 
 
 def combine_directly(

@@ -42,6 +42,7 @@ def learn(
     }
     surgery = engine.surgery
     if surgery is not None:
+        surgery.enter(index)
         weights_T = surgery.loss_weights(weights_T)
     if surgery is None or surgery.one_pass:
         loss, sums_T = step_loss(_logits(engine, batch, config, device), batch, counts, weights_T, **how)

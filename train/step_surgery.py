@@ -65,6 +65,7 @@ class StepSurgery:
         self._kept: dict[str, dict[int, float]] = {}
         self._kept_at = self._reported = 0
         self._reuse = False
+        self._due = False  # cosines of halves of tasks, at the next step that can give them
         self.seen = Seen(self.tasks)
         self._check_refresh()
 
@@ -97,12 +98,21 @@ class StepSurgery:
         self._reuse = bool(self._kept) and fresh and usable
         rows = fold(present, self.config.max_tasks, self.seed, step)
         self.seen.folded = len(present) > self.config.max_tasks
-        self.gradients.begin(rows, self._kept if self._reuse and self.way == "fused" else None)
+        fused, every = self.way == "fused", self.config.matrix_steps
+        self._due = self._due or (every is not None and (step + 1) % every == 0)
+        halves = self._due and fused and not self._reuse
+        self._due = self._due and not halves
+        self.gradients.begin(rows, self._kept if self._reuse and fused else None, halves)
         here = [(part.tokens_T > 0).nonzero().squeeze(1).tolist() for part in parts]
         # Under ZeRO-3 ranks meet in every pass, so all make as many as the one with the most tasks.
         passes = all_max(torch.tensor([max(1, len(tasks)) for tasks in here])).tolist()
         padded = [[*tasks, *(t for t in present if t not in tasks)] for tasks in here]
         self.turns = [tasks[:n] for tasks, n in zip(padded, passes, strict=True)]
+
+    def enter(self, index: int) -> None:
+        """A micro-batch begins, the ``index``-th of the step."""
+        if self.gradients.halves is not None:
+            self.gradients.halves = self.gradients.matrix.rank + index
 
     @property
     def one_pass(self) -> bool:
@@ -169,6 +179,7 @@ class StepSurgery:
             "kept": {g: {str(t): w for t, w in kept.items()} for g, kept in self._kept.items()},
             "kept_at": self._kept_at,
             "reported": self._reported,
+            "due": self._due,
             "seen": self.seen.state_dict(),
         }
 
@@ -181,6 +192,7 @@ class StepSurgery:
         self.method.load_state_dict(state["method"])
         self._kept = {g: {int(t): w for t, w in kept.items()} for g, kept in state["kept"].items()}
         self._kept_at, self._reported = int(state["kept_at"]), int(state["reported"])
+        self._due = bool(state["due"])
         self.seen.load_state_dict(state["seen"])
 
 
@@ -213,6 +225,8 @@ class Seen:
             "grad/rows": [[self.tasks[t].slug for t in tasks] for tasks in combination.rows],
             "grad/cosine_matrix": cosines(total.sum(0)).tolist(),
         }
+        if combination.same_task is not None:
+            self._mean("grad/same_task_cosine", float(combination.same_task.nanmean()))
         if combination.weights is not None:
             self._mean("grad/update_change", _change(combination.gramians, combination.weights))
 

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from taskmoe.moe import TaskError, TaskMoEModel
 from taskmoe.moe.task_ids import read_task_ids
-from taskmoe.train.combination import Combination, combine_directly, group_gramians, hand_in
+from taskmoe.train.combination import (
+    Combination,
+    combine_directly,
+    group_gramians,
+    half_cosines,
+    hand_in,
+)
 from taskmoe.train.config import ConfigError
 from taskmoe.train.distributed import Ranks, all_sum, world_size
 from taskmoe.train.router_gradients import RouterGradients
@@ -98,14 +104,18 @@ class TaskGradients:
             raise ConfigError("surgery.max_tasks: folding needs the tasks of the step; give task_ids")
         self.begin(None if ids is None else fold(ids, max_tasks, seed, 0))
 
-    def begin(self, rows: Mapping[int, int] | None, weights: Weights | None = None) -> None:
+    def begin(
+        self, rows: Mapping[int, int] | None, weights: Weights | None = None, halves: bool = False
+    ) -> None:
         """Forget what was collected. A step with these rows follows ({task id: row}; None: as they come).
 
         With ``weights`` nothing is collected: the one backward pass combines with them as it goes (fused).
+        With ``halves`` each task is collected in two (fused, with rows): :attr:`Combination.same_task`.
         """
+        self.halves = 0 if halves else None
         self._fixed, self._weights = rows is not None, weights
         self.rows: dict[int, int] = dict(rows or {})
-        self.matrix.clear(len(set(self.rows.values())))
+        self.matrix.clear(len(set(self.rows.values())) * (2 if halves else 1))
         self._routers.clear()
 
     # -- collecting ------------------------------------------------------------------------------------------
@@ -129,7 +139,9 @@ class TaskGradients:
         """Whether its gradient is taken from the one backward pass (:class:`taskmoe.moe.parts.Parts`)."""
         return id(parameter) in self._names
 
-    def keep(self, parameter: nn.Parameter, tasks: Sequence[int], parts: Tensor) -> Tensor | None:
+    def keep(
+        self, parameter: nn.Parameter, tasks: Sequence[int], halves: Sequence[int], parts: Tensor
+    ) -> Tensor | None:
         """Add [Tb, *shape], or weigh it (:class:`taskmoe.moe.parts.Parts`)."""
         name = self._names[id(parameter)]
         if self._weights is not None:
@@ -137,7 +149,8 @@ class TaskGradients:
             weights = torch.tensor([kept.get(t, 1.0) for t in tasks], dtype=parts.dtype, device=parts.device)
             return parts * weights.view(-1, *[1] * (parts.dim() - 1))
         known = [i for i, t in enumerate(tasks) if self._row(t) is not None]
-        rows = [self.rows[tasks[i]] for i in known]
+        second = self.matrix.num_rows // 2  # the first row of second halves
+        rows = [self.rows[tasks[i]] + halves[i] * second for i in known]
         self.matrix.add(name, rows, parts if len(known) == len(tasks) else parts[known])
         return None
 
@@ -206,6 +219,10 @@ class TaskGradients:
                 else "no task's gradient was collected: call grads.backward({task: loss, ...})"
             )
         self.matrix.reduce()
+        same_task = None
+        if self.halves is not None:
+            same_task = half_cosines(self.matrix, self.scope, self._sum)
+            self.matrix.merge_halves()
         self._route()
         rows = self.row_tasks()
         gramians = group_gramians(self.matrix, self.scope, self._sum)
@@ -221,7 +238,7 @@ class TaskGradients:
             self._weigh(weights)
         self._open = False
         self.begin(None if not self._fixed else self.rows)
-        return Combination(rows, gramians, weights)
+        return Combination(rows, gramians, weights, same_task)
 
     def finish_weighted(self) -> None:
         """The end of a step that :meth:`begin` was given weights for: the routers' shared parameters."""

@@ -57,6 +57,11 @@ class TaskMatrix:
         padded = self._padded(_accumulated(parts).reshape(self.num_rows, -1))
         self._add(name, range(self.num_rows), padded.view(self.num_rows, self.world_size, -1)[:, self.rank])
 
+    def merge_halves(self) -> None:
+        """Add the second half of the rows to the first."""
+        self._sums = {n: rows.view(2, self.num_rows // 2, -1).sum(0) for n, rows in self._sums.items()}
+        self.num_rows //= 2
+
     def reduce(self) -> None:
         """Sum over the ranks what is not yet summed; a collective."""
         if self._reduced:

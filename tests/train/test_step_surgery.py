@@ -275,5 +275,6 @@ def test_what_is_told_about_a_step(spawn_ranks, tmp_path):
     )[0][0]["seen"]
     assert 0 < metrics["grad/conflict_frac"] <= 1 and -1 <= metrics["grad/cosine"] <= 1
     assert metrics["train/weight/task-0"] >= 1 and metrics["grad/update_change"] > 0
+    assert -1 <= metrics["grad/same_task_cosine"] <= 1
     assert len(metrics["grad/cosine_matrix"]) == 2 == len(metrics["grad/rows"])
     assert any("share rows" in line for line in lines)

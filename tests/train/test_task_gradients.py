@@ -347,6 +347,31 @@ def test_fold_is_even_and_a_function_of_seed_and_step():
     assert sorted(sizes) == [2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("variant", ["after, mlp", "before, mlp, heads"])
+def test_halves_of_a_task_are_the_null_of_its_cosines(variant):
+    model = build(**VARIANTS[variant])
+    expected = by_definition(model, [batch()])
+    grads = TaskGradients(model)
+    grads.begin({0: 0, 1: 1, 2: 2}, halves=True)
+    with grads:
+        losses(model, batch()).sum().backward()
+    report = grads.combine("pcgrad")
+    assert distance(found(model), expected) <= 1e-12  # the tasks themselves are as ever
+    banks = [p for n, p in grads.scope.shared.items() if "bank" in n]
+    model.zero_grad()
+
+    def alone(picked: list[int]) -> Tensor:
+        losses(model, batch())[picked].sum().backward()
+        got = torch.cat([flat(p) for p in banks])
+        model.zero_grad()
+        return got
+
+    # Task 0 has the sequences 1 and 3; task 2 has 0 and 5 in one half, 4 in the other; task 1 has one.
+    by_hand = [torch.cosine_similarity(alone(a), alone(b), dim=0) for a, b in (([1], [3]), ([0, 5], [4]))]
+    assert torch.allclose(report.same_task[[0, 2]], torch.stack(by_hand), rtol=1e-9)
+    assert report.same_task[1].isnan()
+
+
 def test_a_forward_pass_outside_is_noticed():
     model = build()
     loss = losses(model, batch()).sum()
