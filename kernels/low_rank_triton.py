@@ -29,8 +29,12 @@ What all of them share:
 - A matrix that is needed transposed is loaded transposed, through its pointers: the transpose of a product's
   result is miscompiled for Hopper by Triton 3.4 to 3.7.0.
 
+Without a GPU, tests/kernels/interpreted.py runs these kernels through Triton's interpreter, into memory full
+of NaN, against the reference in fp64; tests/kernels/compiled.py compiles every launch of configs.py for
+three architectures.
+
 Legend: M rows, D the wide dimension (d_in or d_out), E experts, r rank of one expert, k slots of a group, R
-= k * r.
+= k*r.
 """
 
 from __future__ import annotations
@@ -78,6 +82,9 @@ def shrink(
 
     One program keeps BM x BR sums in registers and walks along D once: it reads M * D of the wide tensor, the
     group's bank rows (which stay in the L2 cache), and writes M * R. Bytes: 2MD (bf16) + 4MR + the bank.
+
+    Test: interpreted.py, every op: the output and dx, dA come from it; slots against repeated and unused
+        experts.
     """
     tile = tl.program_id(0)
     group = tl.load(tiles_ptr + 3 * tile)
@@ -124,6 +131,8 @@ def expand(
     but its store. Bytes: 2MD written (bf16), 2MD more read when it adds to y (ADD), 4MR per column block of
     D from L2. gates [groups, k], or one row a rank row (ROW_GATES) [M, k]. `out` may be `y`: a program reads
     just what it writes.
+
+    Test: interpreted.py, every op, with and without y; row by row gates in `gated`, pairs in `grouped`.
     """
     tile = tl.program_id(0)
     group = tl.load(tiles_ptr + 3 * tile)
@@ -172,6 +181,8 @@ def wgrad(
     A chunk is a run of rows of one group, long enough that its BR x BD sums, written once, are few beside
     what was read. Bytes: 2MD read (bf16) and 4RD a chunk written; the chunk's rank rows come from L2 but for
     the first time.
+
+    Test: interpreted.py, the gradients of A and B of every op; several chunks a task in the segments `long`.
     """
     chunk = tl.program_id(0)
     group = tl.load(chunks_ptr + 3 * chunk)
@@ -213,6 +224,8 @@ def gate_grad(
     """part[chunk, c] = sum over the chunk's rows of rank[row, c] * drank[row, c]; both [M, R] in ACC.
 
     The gates' gradient without an `[M, k, D]` of expert outputs. Bytes: 8MR, rank space alone.
+
+    Test: interpreted.py, the gradient of the gates of `soft`, `slots` and `split`.
     """
     chunk = tl.program_id(0)
     first = tl.load(chunks_ptr + 3 * chunk + 1)
@@ -256,6 +269,8 @@ def reduce(
     expert of a slot is read from slots [G * groups, k] (SLOTS), or is the slot's own number, or, BY_EXPERT,
     group number modulo E (k = 1). An expert that no group names gets zeros. Bytes: each partial sum once,
     4GErD written.
+
+    Test: interpreted.py, `per_task` and not; exact zeros for who has no rows; the same bits again.
     """
     e = tl.program_id(0) % E
     g = tl.program_id(0) // E
