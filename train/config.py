@@ -35,6 +35,8 @@ class SkillGymConfig:
     task_visible: bool = False  # True: the task's name stands in the input
     unseen_tasks: int = 0  # compositions kept out of training (generated, but not in the mixture)
     correlation: float = 0.5  # probability that a task takes a skill from its own family
+    rivals: int = 1  # tasks in a row that have the same skills, but answer in other letters; 1: none
+    conflict: float = 1.0  # rivals: share of an answer's letters, the first ones, in which they differ
     seed: int = 0
 
 

@@ -51,6 +51,8 @@ def _data(config: Config) -> Iterator[Rule]:
     data, classes = config.data, config.task_type == "SEQ_CLS"
     only_pairs = f"task_type is {config.task_type!r}, not 'SEQ_2_SEQ_LM'"
     yield "data.max_target_length", config.task_type != "SEQ_2_SEQ_LM", only_pairs
+    if data.skill_gym is not None:
+        yield "data.skill_gym.conflict", data.skill_gym.rivals == 1, "data.skill_gym.rivals is 1"
     yield "data.group_by_length_window", data.packing, "data.packing is true: packs have no padding to save"
     explicit = [m for m in _mixings(config) if m.strategy == "explicit"]
     for i in range(len(config.datasets)):

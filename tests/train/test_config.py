@@ -438,6 +438,7 @@ def test_keys_without_effect(write, text: str, key: str) -> None:
             "datasets: [{path: x, name: a, weight: 1}]",
             "datasets.0.weight",
         ),
+        ("model: {type: t}\ndata: {skill_gym: {conflict: 0.5}}", "data.skill_gym.conflict"),
     ],
 )
 def test_more_keys_without_effect(write, text: str, key: str) -> None:

@@ -9,6 +9,12 @@ Skills are of two kinds, ``order`` (they move letters) and ``letters`` (they rep
 families of one kind. ``correlation`` is the probability that a task takes a skill from its own family: at 1
 tasks of a family share their skills, at 0 families mean nothing.
 
+``rivals`` plants disagreement: so many tasks in a row have the same skills, and from one to the next the
+first letters of an answer (a share ``conflict`` of them) move a fixed number of places through the alphabet.
+To the same string rivals answer differently in exactly these letters; at ``conflict`` 0 they are one task
+under several names. What that does to gradients depends on how well a model can tell the tasks apart:
+``benchmarks/conflict.py`` measures it.
+
 A string belongs to one split for all tasks (by a hash of the string), so validation and test strings are new
 to every task. Everything is a function of the settings, in any process.
 """
@@ -100,11 +106,12 @@ def triple(x: Letters, n: int) -> Letters:
 
 @dataclass(frozen=True)
 class GymTask:
-    """A composition: ``skills`` are applied from left to right."""
+    """A composition: ``skills`` are applied from left to right, then the first letters move by ``places``."""
 
     name: str
     skills: tuple[str, ...]
     family: str
+    places: int = 0  # through the alphabet; not zero only for the second of rivals, the third, ...
 
 
 class SkillGym:
@@ -137,8 +144,13 @@ class SkillGym:
     def apply(self, task: GymTask | Sequence[str], text: str) -> str:
         """The task's answer to a string of letters (without spaces)."""
         letters = tuple(ALPHABET.index(c) for c in text)
-        skills = task.skills if isinstance(task, GymTask) else task
-        return "".join(ALPHABET[c] for c in _compose(skills, letters, self.config.alphabet_size))
+        skills, places = (task.skills, task.places) if isinstance(task, GymTask) else (task, 0)
+        answer = _compose(skills, letters, self.config.alphabet_size)
+        return "".join(ALPHABET[c] for c in self._moved(answer, places))
+
+    def _moved(self, answer: Letters, places: int) -> Letters:
+        first, n = round(self.config.conflict * len(answer)), self.config.alphabet_size
+        return (*((c + places) % n for c in answer[:first]), *answer[first:])
 
     def skill_matrix(self) -> list[list[int]]:
         """[T, K] of 0 and 1: the skills of each task of the mixture."""
@@ -200,23 +212,27 @@ class SkillGym:
         uses = dict.fromkeys(self.skills, 0)
         families = list(self.families)
         wanted = config.num_tasks + config.unseen_tasks
+        step = config.alphabet_size // config.rivals
         tasks: list[GymTask] = []
         for one in taken:
             open_ = {skills: a for skills, a in open_.items() if _difference(a, one) >= _MIN_DIFFERENCE}
-        for t in range(wanted):
+        while len(tasks) < wanted:
+            t = len(tasks)
             if not open_:
                 raise ConfigError(
                     f"data.skill_gym: {wanted} tasks, but {config.num_skills} skills give only {t} clearly "
                     f"different compositions of {config.skills_per_task}; lower num_tasks or unseen_tasks, "
                     "or raise num_skills or skills_per_task"
                 )
-            family = families[t % len(families)]
+            family = families[t // config.rivals % len(families)]
             skills = self._pick(list(open_), self.families[family], uses, rng)
-            mine = open_[skills]
-            open_ = {s: a for s, a in open_.items() if _difference(a, mine) >= _MIN_DIFFERENCE}
+            name, mine = "_".join(skills), open_[skills]
+            for places in range(0, min(config.rivals, wanted - t) * step, step):
+                rival = [self._moved(answer, places) for answer in mine]
+                open_ = {s: a for s, a in open_.items() if _difference(a, rival) >= _MIN_DIFFERENCE}
+                tasks.append(GymTask(f"{name}_{places}" if places else name, skills, family, places))
             for skill in skills:
                 uses[skill] += 1
-            tasks.append(GymTask("_".join(skills), skills, family))
         return tasks
 
     def _pick(
@@ -263,6 +279,8 @@ def _check(config: SkillGymConfig) -> None:
         "test_rows": (0, 10**7),
         "unseen_tasks": (0, 10_000),
         "correlation": (0, 1),
+        "rivals": (1, config.alphabet_size),
+        "conflict": (0, 1),
     }
     for key, (low, high) in ranges.items():
         value = getattr(config, key)

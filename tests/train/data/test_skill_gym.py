@@ -182,6 +182,36 @@ def test_the_task_is_shown_or_hidden() -> None:
         assert not set(str(first["prompt"])) - set(ALPHABET[:16] + " >")
 
 
+def test_without_rivals_every_byte_is_as_it_was_before_there_were_any() -> None:
+    was = "ad46d66f4eae3d86498cce23309a033e1079955facec92f36a64bed1a5c3d679"
+    assert digest(gym()) == digest(gym(rivals=1, conflict=0.25)) == was
+
+
+@pytest.mark.parametrize(("conflict", "apart"), [(1.0, 6), (0.5, 3), (0.2, 1), (0.0, 0)])
+def test_rivals_answer_differently_in_exactly_the_first_letters(conflict: float, apart: int) -> None:
+    one = gym(num_tasks=6, rivals=3, conflict=conflict, max_string_length=6, min_string_length=6)
+    assert [t.places for t in one.tasks] == [0, 5, 10, 0, 5, 10]
+    assert len({t.name for t in one.tasks}) == 6
+    for first in (0, 3):
+        tasks = one.tasks[first : first + 3]
+        assert len({t.skills for t in tasks}) == len({t.family for t in tasks}) == 1
+        for row in one.rows(tasks[0], "test"):
+            answers = [one.apply(t, text(row)) for t in tasks]
+            assert answers[0] == one.apply(tasks[0].skills, text(row))
+            for a, b in itertools.combinations(answers, 2):
+                assert [x != y for x, y in zip(a, b, strict=True)] == [True] * apart + [False] * (6 - apart)
+    assert one.tasks[0].skills != one.tasks[3].skills
+
+
+def test_rivals_come_as_far_as_there_are_tasks_and_no_other_task_is_one_of_them() -> None:
+    one = gym(num_tasks=7, unseen_tasks=1, rivals=3, num_skills=8, skills_per_task=1)
+    assert [t.places for t in [*one.tasks, *one.unseen]] == [0, 5, 10, 0, 5, 10, 0, 5]
+    probes = [text(row) for row in one.rows(one.tasks[0], "train")]
+    answers = [[one.apply(t, p) for p in probes] for t in one.tasks]
+    for a, b in itertools.combinations(answers, 2):
+        assert sum(x != y for x, y in zip(a, b, strict=True)) > 0.2 * len(probes)
+
+
 def test_unseen_tasks_are_further_compositions_on_the_same_split() -> None:
     one = gym(unseen_tasks=4)
     assert (len(one.tasks), len(one.unseen)) == (12, 4)
@@ -203,6 +233,8 @@ def test_unseen_tasks_are_further_compositions_on_the_same_split() -> None:
         ),
         ({"min_string_length": 1}, "data.skill_gym.min_string_length: 1 is out of range"),
         ({"min_string_length": 9}, "data.skill_gym.min_string_length: 9 is out of range"),
+        ({"rivals": 17}, "data.skill_gym.rivals: 17 is out of range; give a value from 1 to 16"),
+        ({"rivals": 2, "conflict": 1.5}, "data.skill_gym.conflict: 1.5 is out of range"),
         ({"correlation": 1.5}, "data.skill_gym.correlation: 1.5 is out of range"),
     ],
 )
