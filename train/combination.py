@@ -88,12 +88,18 @@ def hand_in(matrix: TaskMatrix, scope: Scope, columns: Mapping[str, Tensor | Non
     """Put {name: [s]} (None: zeros) into ``p.grad``: each rank its columns, zeros elsewhere.
 
     The engine's own reduction puts them together: nothing is gathered.
+
+    Raises:
+        RuntimeError: a parameter has a gradient of which no task's part was kept.
     """
     for name, columns_s in columns.items():
         p = scope.shared[name]
         if columns_s is None:
-            if p.grad is not None:
-                p.grad.zero_()
+            if p.grad is not None and p.grad.any():
+                raise RuntimeError(
+                    f"{name} has a gradient, but no task's part of it was kept: its module must take it "
+                    "through gate.split (taskmoe.moe.parts), or use way: separate"
+                )
             continue
         whole = matrix.place(name, columns_s)
         if p.grad is None:

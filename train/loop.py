@@ -27,6 +27,7 @@ from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phas
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.signals import StopRequest
 from taskmoe.train.step_balancing import build_balancing, learns_from_validation
+from taskmoe.train.step_surgery import surgery_line
 from taskmoe.train.summary import controls_table, phase_lines
 from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
@@ -246,6 +247,8 @@ class Run:
             self.tracker.line(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
         for line in phase_lines(phase, self.model, self.sizes, sampler.rates, budget, beyond):
             self.tracker.line(line)
+        if combining := surgery_line(self.config.surgery, self.engine.surgery):
+            self.tracker.line(combining)
         if self.ranks.is_main:
             listed = "".join(f"{name}\n" for name in self.model.trainable_names())
             (self.folder / "trainable.txt").write_text(listed, encoding="utf-8")

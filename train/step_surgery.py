@@ -269,6 +269,16 @@ def _change(gramians: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> fl
     return math.sqrt(moved / plain) if plain > 0 else 0.0
 
 
+def surgery_line(config: SurgeryConfig, surgery: StepSurgery | None) -> str | None:
+    """What a phase is told about its surgery; None where none was asked for."""
+    if config.method is None:
+        return None
+    if surgery is None:
+        return f"surgery: nothing that tasks share trains in scope {config.scope!r}; gradients are summed"
+    columns = sum(shape.numel() for shape in surgery.gradients.matrix.shapes.values())
+    return f"surgery: {config.method}, {surgery.way}, of {columns:,} parameters that tasks share"
+
+
 def build_surgery(
     config: SurgeryConfig,
     model: TaskMoEModel,

@@ -383,6 +383,16 @@ def test_a_forward_pass_outside_is_noticed():
         pass
 
 
+def test_a_bank_that_keeps_no_parts_is_noticed():
+    model = build()
+    bank = model.get_submodule("base_model.model.layers.0.mlp.down_proj.bank")
+    bank.factors = lambda gate: (bank.A_ErK.unsqueeze(0), bank.B_ErN.unsqueeze(0))
+    with TaskGradients(model) as grads:
+        losses(model, batch()).sum().backward()
+    with pytest.raises(RuntimeError, match=r"down_proj.bank.A_ErK has a gradient, but no task's part"):
+        grads.combine("pcgrad")
+
+
 def test_a_task_that_was_not_named_is_an_error():
     model = build()
     said = pytest.raises(TaskError, match="'translate' is in the batch but not among")
