@@ -57,7 +57,7 @@ class WandbLog:
         )
         # Our own axis: wandb's step may only grow, and a resumed run begins before the last one logged.
         self._run.define_metric(AXIS)
-        for keys in ("train/*", "learning_rate/*", "eval/*", "time/*"):
+        for keys in ("train/*", "grad/*", "learning_rate/*", "eval/*", "time/*"):
             self._run.define_metric(keys, step_metric=AXIS)
         self._run.define_metric("eval/score", step_metric=AXIS, summary="max")
         local = f"offline in {run_dir / 'wandb'}; upload with `wandb sync`"
