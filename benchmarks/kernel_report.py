@@ -128,6 +128,15 @@ def notable(result: dict[str, Any]) -> None:
         print(f"left out, {line}")
 
 
+def rounded(value: Any) -> Any:
+    """The same with numbers of four digits, for the file."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list) else value
+
+
 def device_name(device: str) -> str:
     return platform.machine() if device == "cpu" else torch.cuda.get_device_name()
 

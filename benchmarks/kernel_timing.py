@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -52,9 +53,10 @@ def _on_cpu(calls: Mapping[str, Call], runs: int) -> Times:
         except Exception as error:
             times.failed[name] = why(error)
     times.plain = {name: [] for name in repeats}
-    names = list(repeats)
-    for i in range(runs):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+    names, order = list(repeats), random.Random(0)
+    for _ in range(runs):
+        order.shuffle(names)  # what ran before leaves its traces in the caches
+        for name in names:
             call, n = calls[name], repeats[name]
             start = clock()
             for _ in range(n):

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from kernel_peers import PEERS, PLAIN, Cannot, Run, beside_base, ours
-from kernel_report import device_name, notable, print_shape, targets, versions
+from kernel_report import device_name, notable, print_shape, rounded, targets, versions
 from kernel_shapes import (
     TENSORS,
     Operands,
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None, shapes: Sequence[Shape] | None 
         shapes = cpu_shapes() + cpu_shapes(("token uniform",)) if cpu else gpu_shapes()
     shapes = [s for s in shapes if s.routing.startswith(options.routing)]
     peers = [p for p in PEERS if not options.peers or p[:2] in options.peers]
-    result = run_all(shapes, options, peers)
+    result = rounded(run_all(shapes, options, peers))
     notable(result)
     if str(options.out) != "-" and not options.check:
         out = options.out or HERE / "results" / f"kernels_{options.device}.json"
