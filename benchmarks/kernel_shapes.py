@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from types import ModuleType
 
@@ -202,13 +202,16 @@ class Truth:
                 d_mE = (s * dh).unflatten(1, (shape.E, -1)).sum(-1) * o.scale
                 self.dgates.index_add_(0, groups, d_mE if slots_mk is None else d_mE.gather(1, slots_mk))
 
-    def errors(self, found: dict[str, Tensor]) -> dict[str, float]:
-        """``|found - truth| / |truth|`` of each tensor that is there (Frobenius norms); NaN counts as inf."""
+    def errors(self, found: dict[str, Tensor], blocks: int | None = None) -> dict[str, float]:
+        """``|found - truth| / |truth|`` of each tensor that is there (Frobenius norms); NaN counts as inf.
+
+        blocks: how many blocks of rows of ``out`` and ``dx`` are looked at; None: all.
+        """
         squares = {name: [0.0, 0.0] for name in found}
         wide = {"dA": self.dA, "dB": self.dB, "dgates": self.dgates}
         for name in found.keys() & wide.keys():
             _add(squares[name], found[name], wide[name].view_as(found[name]))
-        for start, end, out, dx in self.blocks() if found.keys() & {"out", "dx"} else ():
+        for start, end, out, dx in islice(self.blocks(), blocks):
             for name, truth in (("out", out), ("dx", dx)):
                 if name in found:
                     _add(squares[name], found[name][start:end], truth)
