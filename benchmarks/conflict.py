@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from conflict_bed import LEVELS, METHODS, Bed, Size, build_base, build_bed, train
+from conflict_look import gradients
 
 ARMS = ("sum", "static", "random", *METHODS)
 ROUTED = ("opposed", ("sum", "pcgrad"))  # the level and the arms that are tried with a routed bank, too
@@ -67,11 +68,12 @@ class Suite:
     store: Store
     rates: Sequence[float]
     draws: int
+    looked_at: Sequence[int]  # seeds whose runs of ``sum`` tell about gradients
 
     def run(self, level: str, kind: str, arm: str, rate: float, seed: int, weights: Any = None) -> Run:
         name = f"{arm} {[round(w, 2) for w in weights]}" if weights else arm
         how = {"kind": kind, "method": arm, "weights": weights, "rate": rate, "seed": seed}
-        how["measure"] = arm == "sum" and kind == "lora" and seed > 0
+        how["look"] = gradients if arm == "sum" and kind == "lora" and seed in self.looked_at else None
         return self.store.run(
             f"{level}/{kind}/{name}/rate {rate:g}/seed {seed}",
             lambda: train(self.beds[level], self.base, self.size, **how),
@@ -165,9 +167,9 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     return found
 
 
-def gradients(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+def seen(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
     """{rows a task: what was measured along runs of ``sum``, means over evaluations and seeds}."""
-    looks = [look for run in runs for look in run["gradients"]]
+    looks = [look for run in runs for look in run.get("gradients", ())]
     found = {}
     for rows in dict.fromkeys(look["rows"] for look in looks):
         here = [look for look in looks if look["rows"] == rows]
@@ -178,19 +180,21 @@ def gradients(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 def measure(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
     """All runs. Arms and levels take turns within a seed, so that what a stop leaves out is seeds."""
-    plans = {(level, "lora"): ARMS for level in suite.beds}
+    plans = [{(level, "lora"): ARMS for level in suite.beds}]
     if ROUTED[0] in suite.beds:
-        plans[ROUTED[0], "bank"] = ROUTED[1]
-    chosen = {place: suite.tune(*place, arms) for place, arms in plans.items()}
-    runs: dict[tuple[str, str], dict[str, list[Run]]] = {
-        place: {arm: [] for arm in arms} for place, arms in plans.items()
-    }
-    for seed in seeds:
-        for (level, kind), arms in plans.items():
-            for arm in arms:
-                how = chosen[level, kind][arm]
-                run = suite.run(level, kind, arm, how["rate"], seed, how["weights"])
-                runs[level, kind][arm].append(run)
+        plans.append({(ROUTED[0], "bank"): ROUTED[1]})
+    chosen: dict[tuple[str, str], dict[str, Run]] = {}
+    runs: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for plan in plans:
+        for place, arms in plan.items():
+            chosen[place] = suite.tune(*place, arms)
+            runs[place] = {arm: [] for arm in arms}
+        for seed in seeds:
+            for place, arms in plan.items():
+                for arm in arms:
+                    how = chosen[place][arm]
+                    run = suite.run(*place, arm, how["rate"], seed, how["weights"])
+                    runs[place][arm].append(run)
     levels: dict[str, Any] = {}
     for (level, kind), arms in runs.items():
         about = levels.setdefault(level, {
@@ -202,7 +206,7 @@ def measure(suite: Suite, seeds: Sequence[int]) -> dict[str, Any]:
         compared = compare(arms)
         about[kind] = {arm: {**chosen[level, kind][arm], **compared[arm]} for arm in arms}
         if kind == "lora":
-            about["gradients"] = gradients(arms["sum"])
+            about["gradients"] = seen(arms["sum"])
     return levels
 
 
@@ -261,7 +265,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beds = {level: build_bed(LEVELS[level]) for level in options.levels}
     settings = {**dataclasses.asdict(size), "levels": {k: str(v) for k, v in LEVELS.items()}}
     store = Store(options.out / "runs.json", settings)
-    levels = measure(Suite(size, beds, base, store, options.rates, options.draws), options.seeds)
+    suite = Suite(size, beds, base, store, options.rates, options.draws, looked_at=options.seeds[:2])
+    levels = measure(suite, options.seeds)
     print_tables(levels)
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

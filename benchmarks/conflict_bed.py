@@ -5,14 +5,13 @@ Then four new tasks are learned through one narrow LoRA that they share (or a ro
 token says which task a row belongs to, and its embedding is frozen too: ``visibility`` times a vector of its
 own on top of one that all tasks share, so that tasks of low visibility look almost alike to the model.
 
-Legend: T tasks, b rows of a task, L letters of a string (and of an answer), H two halves of a batch.
+Legend: T tasks, b rows of a task, L letters of a string (and of an answer).
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,6 @@ from taskmoe.train.balancing.balancer import Balancer
 from taskmoe.train.config import SkillGymConfig
 from taskmoe.train.data.skill_gym import ALPHABET, GymTask, SkillGym
 from taskmoe.train.surgery.combine import Surgery
-from taskmoe.train.surgery.gramian import (
-    conflict_fraction,
-    cosines,
-    direction_change,
-    same_task_cosines,
-    update_change,
-)
 from taskmoe.train.task_gradients import TaskGradients
 
 LENGTH = 6  # L: all strings are as long, so no row is padded
@@ -133,7 +125,7 @@ def build_base(size: Size, cache: Path | None = None) -> LlamaForCausalLM:
     draw = torch.Generator().manual_seed(0)
     for step in range(size.base_steps):
         _rate(optimizer, 3e-3, step, size.base_steps)
-        loss_T, _ = losses(model, [_some(part, size.rows, draw) for part in rows])
+        loss_T, _ = losses(model, [some(part, size.rows, draw) for part in rows])
         optimizer.zero_grad()
         loss_T.mean().backward()
         optimizer.step()
@@ -201,14 +193,14 @@ def train(
     weights: Sequence[float] | None = None,
     rate: float = 1e-2,
     seed: int = 0,
-    measure: bool = False,
+    look: Callable[[TaskMoEModel, Bed, int], list[dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """One run.
 
     Args:
         method: sum, static (with ``weights``, one a task), random, or one of surgery's methods.
         rate: learning rate at its peak (routers: ten times as fast).
-        measure: look at the gradients at each evaluation (:func:`gradients`); kind ``lora`` only.
+        look: called at each evaluation; what it returns becomes ``gradients``.
 
     Returns:
         ``{"curve": [{"step", "cpu_seconds", "wall_seconds", "validation", "test"}], "gradients": [...]}``;
@@ -236,7 +228,7 @@ def train(
         for group, optimizer in optimizers.items():
             _rate(optimizer, speeds[group], step, size.steps)
             optimizer.zero_grad()
-        rows = [_some(part, size.rows, draw) for part in bed.rows["train"]]
+        rows = [some(part, size.rows, draw) for part in bed.rows["train"]]
         w_T = torch.ones(T) if balancer is None else balancer.weights(step).float()
         if grads is None or surgery is None:
             (losses(model, rows, task_ids=ids)[0] * w_T).mean().backward()
@@ -252,58 +244,12 @@ def train(
             scores = {split: score(model, bed.rows[split]) for split in ("validation", "test")}
             seconds = {"cpu_seconds": round(cpu, 3), "wall_seconds": round(wall, 3)}
             curve.append({"step": step + 1, **seconds, **scores})
-            if measure:
-                looks += [{"step": step + 1, **look} for look in gradients(model, bed, seed=step)]
-    return {"curve": curve, **({"gradients": looks} if measure else {})}
+            if look is not None:
+                looks += [{"step": step + 1, **found} for found in look(model, bed, step)]
+    return {"curve": curve, **({"gradients": looks} if look is not None else {})}
 
 
-def gradients(
-    model: TaskMoEModel, bed: Bed, rows: Sequence[int] = (2, 8, 32), draws: int = 2, seed: int = 0
-) -> list[dict[str, Any]]:
-    """What surgery would do at this point, for batches of ``rows`` rows a task; means over ``draws`` batches.
-
-    Each half of a task's rows counts as a task of its own in one backward pass. So one Gramian holds the
-    halves of one task (the null), the halves of different tasks, and, added up, the tasks themselves.
-    """
-    T, draw = len(bed.tasks), torch.Generator().manual_seed(seed)
-    upper_TT = torch.triu(torch.ones(T, T), 1) > 0
-    rivals_TT = upper_TT & torch.tensor([[a.skills == b.skills for b in bed.tasks] for a in bed.tasks])
-    methods = {name: Surgery(name) for name in METHODS}
-    grads, found = TaskGradients(model, list(range(2 * T))), []
-    for b in rows:
-        seen: dict[str, list[float]] = {}
-
-        def note(name: str, value: Tensor | float, seen: dict[str, list[float]] = seen) -> None:
-            seen.setdefault(name, []).append(float(value))
-
-        for i in range(draws):
-            # Without replacement: a row in both halves would make the null look like agreement.
-            halves = [part[torch.randperm(len(part), generator=draw)[:b]] for part in bed.rows["train"]]
-            halves = [part[: b // 2] for part in halves] + [part[b // 2 :] for part in halves]
-            model.zero_grad()
-            with grads:
-                losses(model, halves, task_ids=task_ids(2 * T, b // 2))[0].mean().backward()
-            (G_HH,) = grads.combine("sum", i).gramians.values()
-            G_TT = G_HH.view(2, T, 2, T).sum((0, 2))
-            C_TT, between = cosines(G_TT), cosines(G_HH)[:T, T:]
-            note("conflict_fraction", conflict_fraction(G_TT))
-            note("cosine", C_TT[upper_TT].mean())
-            if rivals_TT.any():
-                note("rivals_cosine", C_TT[rivals_TT].mean())
-            squares = G_HH.diagonal()
-            note("null_cosine", same_task_cosines(squares[:T], squares[T:], G_HH[:T, T:].diagonal()).mean())
-            note("halves_cosine", between[upper_TT | upper_TT.T].mean())
-            note("null_conflict_fraction", float((G_HH[:T, T:].diagonal() < 0).double().mean()))
-            for name, method in methods.items():
-                w_T = method.weights(G_TT, i)
-                note(f"{name}_change", update_change(G_TT, w_T))
-                note(f"{name}_turn", direction_change(G_TT, w_T))
-        model.zero_grad()
-        found.append({"rows": b, **{k: round(statistics.fmean(v), 4) for k, v in seen.items()}})
-    return found
-
-
-def _some(rows: Tensor, count: int, draw: torch.Generator) -> Tensor:
+def some(rows: Tensor, count: int, draw: torch.Generator) -> Tensor:
     return rows[torch.randint(len(rows), (count,), generator=draw)]
 
 

@@ -18,10 +18,11 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("torchjd")
     monkeypatch.syspath_prepend(str(FOLDER))
     threads = torch.get_num_threads()
-    bed, conflict = (importlib.import_module(name) for name in ("conflict_bed", "conflict"))
+    names = ("conflict_bed", "conflict_look", "conflict")
+    bed, look, conflict = (importlib.import_module(name) for name in names)
     # Few rows: how many there are is not what is tested.
     monkeypatch.setattr(bed, "GYM", bed.replace(bed.GYM, train_rows=200, validation_rows=10, test_rows=10))
-    yield SimpleNamespace(bed=bed, conflict=conflict)
+    yield SimpleNamespace(bed=bed, look=look, conflict=conflict)
     torch.set_num_threads(threads)
 
 
@@ -93,7 +94,7 @@ def test_tasks_that_agree_and_cannot_be_told_apart_have_the_cosine_of_the_null(p
     with torch.no_grad():
         for _, p in model.trainable_groups()["experts"]:
             p.normal_(std=0.05, generator=torch.Generator().manual_seed(p.shape[-1]))
-    (found,) = parts.bed.gradients(model, bed, rows=(128,), draws=1)
+    (found,) = parts.look.gradients(model, bed, rows=(128,), draws=1)
     assert found["halves_cosine"] == pytest.approx(found["null_cosine"], abs=0.1)
     assert found["cosine"] > found["null_cosine"] > 0.5
     assert found["conflict_fraction"] == found["pcgrad_change"] == found["upgrad_change"] == 0.0
