@@ -5,7 +5,8 @@
 
 Every arm gets the same grid of learning rates, tried on seed 0 and chosen on validation rows; static weights
 are the best of a few random draws, on seed 0 and at the rate of ``sum``. The comparison is on other seeds and
-on test rows, paired by seed, after as many steps and after as much time. Time is the process's CPU time in
+on test rows, paired by seed, after as many steps and after as much time. ``longer`` is ``sum`` with 5/3 of
+the steps (and a schedule as long), about the time that surgery takes. Time is the process's CPU time in
 training steps, on one thread: other programs on the machine do not count.
 """
 
@@ -28,7 +29,7 @@ import torch
 from conflict_bed import LEVELS, METHODS, Bed, Size, build_base, build_bed, train
 from conflict_look import gradients
 
-ARMS = ("sum", "static", "random", *METHODS)
+ARMS = ("sum", "longer", "static", "random", *METHODS)
 ROUTED = ("opposed", ("sum", "pcgrad"))  # the level and the arms that are tried with a routed bank, too
 # Student's 97.5 % quantile by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -73,16 +74,22 @@ class Suite:
     def run(self, level: str, kind: str, arm: str, rate: float, seed: int, weights: Any = None) -> Run:
         name = f"{arm} {[round(w, 2) for w in weights]}" if weights else arm
         how = {"kind": kind, "method": arm, "weights": weights, "rate": rate, "seed": seed}
+        size = self.size
+        if arm == "longer":
+            size, how["method"] = dataclasses.replace(size, steps=size.steps * 5 // 3), "sum"
         how["look"] = gradients if arm == "sum" and kind == "lora" and seed in self.looked_at else None
         return self.store.run(
             f"{level}/{kind}/{name}/rate {rate:g}/seed {seed}",
-            lambda: train(self.beds[level], self.base, self.size, **how),
+            lambda: train(self.beds[level], self.base, size, **how),
         )
 
     def tune(self, level: str, kind: str, arms: Sequence[str]) -> dict[str, Run]:
         """{arm: {"rate", "weights", "tried"}}, on seed 0 and validation rows."""
         found: dict[str, Run] = {}
         for arm in arms:
+            if arm == "longer":
+                found[arm] = {"rate": found["sum"]["rate"], "weights": None, "tried": []}
+                continue
             if arm == "static":
                 tasks = len(self.beds[level].tasks)
                 drawn = np.random.default_rng(0).dirichlet(np.full(tasks, 2.0), self.draws) * tasks
