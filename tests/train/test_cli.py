@@ -161,7 +161,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     "argv, message",
     [
         ([], "no command; give one of train, eval, config"),
-        (["trian", "cfg.yaml"], "unknown command 'trian'; the nearest of train, eval, config, tune is 'train'"),
+        (
+            ["trian", "cfg.yaml"],
+            "unknown command 'trian'; the nearest of train, eval, config, tune is 'train'",
+        ),
         (["train"], "train: CFG.yaml is missing"),
         (["train", "--bf16"], "train: CFG.yaml is missing"),
         (["train", "cfg.yaml", "other.yaml"], "train: unexpected argument 'other.yaml'"),
