@@ -29,6 +29,8 @@ import torch
 from conflict_bed import LEVELS, METHODS, Bed, Size, build_base, build_bed, train
 from conflict_look import gradients
 
+from taskmoe.train.surgery.gramian import inactive
+
 ARMS = ("sum", "longer", "static", "random", *METHODS)
 ROUTED = ("opposed", ("sum", "pcgrad"))  # the level and the arms that are tried with a routed bank, too
 # Student's 97.5 % quantile by degrees of freedom.
@@ -139,6 +141,16 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "interval": [mean - half, mean + half]}
 
 
+def change(ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """{score: its change in %, paired by seed}."""
+    return {
+        name: interval([
+            100 * (a[name] / b[name] - 1) if b[name] else 0.0 for a, b in zip(ours, theirs, strict=True)
+        ])
+        for name in ("mean", "worst", "loss", "worst_loss")
+    }  # fmt: skip
+
+
 def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     """{arm: scores, and their change against ``sum`` in %, at equal steps and equal time}; a run a seed."""
     ends = {arm: [run["curve"][-1]["cpu_seconds"] for run in some] for arm, some in runs.items()}
@@ -155,14 +167,10 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         found[arm] = {"cpu_seconds": ends[arm]}
         for view, scores in views.items():
             mine = {name: [s[name] for s in scores[arm]] for name in scores[arm][0]}
-            against = {
-                name: interval([
-                    100 * (a[name] / b[name] - 1) if b[name] else 0.0
-                    for a, b in zip(scores[arm], scores["sum"], strict=True)
-                ])
-                for name in ("mean", "worst", "loss", "worst_loss")
-            }  # fmt: skip
-            found[arm][view] = {"scores": mine, "against_sum": against}
+            found[arm][view] = {"scores": mine, "against_sum": change(scores[arm], scores["sum"])}
+        if "longer" in runs:
+            ends_of = views["equal_steps"]
+            found[arm]["against_longer"] = change(ends_of[arm], ends_of["longer"])
         found[arm]["curve"] = [
             {
                 "step": points[0]["step"],
@@ -175,13 +183,19 @@ def compare(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
 
 
 def seen(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """{rows a task: what was measured along runs of ``sum``, means over evaluations and seeds}."""
+    """{rows a task: what was measured along runs of ``sum``, means over evaluations and seeds}.
+
+    ``METHOD_inactive`` is the share of evaluations at which the method left the update as it was.
+    """
     looks = [look for run in runs for look in run.get("gradients", ())]
     found = {}
     for rows in dict.fromkeys(look["rows"] for look in looks):
         here = [look for look in looks if look["rows"] == rows]
         names = [name for name in here[0] if name not in ("step", "rows")]
         found[str(rows)] = {name: statistics.fmean(look[name] for look in here) for name in names}
+        for name in METHODS:
+            idle = [inactive(look[f"{name}_change"]) for look in here]
+            found[str(rows)][f"{name}_inactive"] = sum(idle) / len(idle)
     return found
 
 
@@ -242,7 +256,7 @@ def print_tables(levels: Mapping[str, Any]) -> None:
 
 
 def changed(change: float) -> str:
-    return "inactive" if change < 0.01 else f"{change:.2f}"
+    return "inactive" if inactive(change) else f"{change:.2f}"
 
 
 def span(one: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ def test_the_smallest_run_ends_in_one_json_object_and_goes_on_where_it_was(
         for arm, one in level[kind].items():
             steps = 3 if arm == "longer" else 2
             assert len(one["cpu_seconds"]) == 1 and one["curve"][-1]["step"] == steps
+            assert ("against_longer" in one) is (kind == "lora")
             assert bool(one["tried"]) is (arm != "longer")
             for view in ("equal_steps", "equal_time"):
                 assert len(one[view]["scores"]["mean"]) == 1
