@@ -21,6 +21,8 @@ KERNELS = ("shrink", "expand", "wgrad")
 RANKS = (16, 32, 64, 128)  # columns of a tile; more columns than the largest take several tiles
 WIDTHS = ("narrow", "wide")  # D up to 2048, and beyond
 BITS = (16, 32, 64)  # of the wide tensor's dtype
+# Of reduce. Left to itself ptxas hides a register or two of its few on the stack, for occupancy that it has.
+REDUCE_OPTIONS = {"num_warps": 4, "maxnreg": 128}
 MIN_TILE = 16  # the least side of a tensor core's product
 
 
@@ -88,7 +90,7 @@ def default(key: Key) -> Launch:
         # Two operands a stage, BM x width and width x rank: fewer stages where they are large.
         return {
             16: Launch(128, 0, 4, {16: 4, 32: 3, 64: 2}[key.rank]) if key.rank < 128 else Launch(64, 0, 4, 2),
-            32: Launch(64 if key.rank < 128 else 32, 0, 8 if large else 4, 2 if large else 3),
+            32: Launch(32, 0, 4, 3) if key.rank == 16 else Launch(64 if key.rank < 128 else 32, 0, 8, 2),
             64: Launch(16, 0, 8 if large else 4, 2),
         }[key.bits]
     if key.kernel == "expand":
@@ -101,7 +103,7 @@ def default(key: Key) -> Launch:
     return {  # wgrad
         16: Launch(128, 64 if key.rank < 128 else 32, 8 if large else 4, 3),
         32: Launch(64 if key.rank < 128 else 32, 32, 8 if key.rank == 64 else 4, 2),
-        64: Launch(16, 16, 4, 2),
+        64: Launch(16, 16, 8 if large else 4, 2),
     }[key.bits]
 
 

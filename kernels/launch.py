@@ -153,7 +153,8 @@ def reduce(part_cRD: Tensor, slots: Tensor | None, rows: Rows, like_GErD: Tensor
         low_rank_triton.reduce[(G * E, triton.cdiv(D, BD))](
             part_cRD, slots, rows.chunk_ptr, out, E, D, (len(rows.chunk_ptr) - 1) // G,
             k=part_cRD.shape[1] // r, r=r, SLOTS=slots is not None and not rows.by_expert,
-            BY_EXPERT=rows.by_expert, BR=BR, BD=BD, ACC=ACCUMULATORS[part_cRD.dtype], num_warps=4,
+            BY_EXPERT=rows.by_expert, BR=BR, BD=BD, ACC=ACCUMULATORS[part_cRD.dtype],
+            **configs.REDUCE_OPTIONS,
         )  # fmt: skip
     return out
 

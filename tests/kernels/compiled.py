@@ -136,6 +136,7 @@ def source(case: Case) -> tuple[ASTSource, dict[str, int]]:
     else:
         pointers["out_ptr"] = case.bank
         constants["BR"], constants["BD"] = configs.reduce_tile(r, WIDE)
+        options = configs.REDUCE_OPTIONS
     for pointer, switch in (("slots_ptr", "SLOTS"), ("pairs_ptr", "PAIRS")):
         if not constants[switch]:
             constants[pointer] = None
