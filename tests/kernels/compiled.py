@@ -101,7 +101,7 @@ def variants() -> Iterator[Case]:
                     yield Case(arch, kernel, R, dtype, "fp32", 64, launch, r, on)
 
 
-def helpers() -> Iterator[Case]:
+def small_kernels() -> Iterator[Case]:
     """The two kernels whose launches the table does not hold."""
     for arch in configs.ARCHITECTURES:
         for acc in ("fp32", "fp64"):
@@ -204,7 +204,7 @@ def test_every_switch(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", unique(helpers()))
+@pytest.mark.parametrize("case", unique(small_kernels()))
 def test_reduce_and_gate_grad(case: Case, tmp_path: Path) -> None:
     check(case, tmp_path)
 
