@@ -166,8 +166,16 @@ def read_overrides(path: Path) -> dict[tuple[str, str], Launch]:
             if line not in known:
                 raise ValueError(f"{line!r} is no line of the table")
             launch = Launch(*values)
-            powers = (launch.width, launch.num_warps)
-            if any(not isinstance(v, int) or v < 1 or v & (v - 1) for v in powers) or launch.num_stages < 1:
-                raise ValueError(f"{line}: {values}; width and warps are powers of two, stages at least 1")
+            tiles = [launch.width, launch.rows] if line.startswith("wgrad") else [launch.width]
+            whole = [*tiles, launch.num_warps, launch.num_stages]
+            if (
+                not all(isinstance(v, int) and v >= 1 for v in whole)
+                or any(v & (v - 1) for v in [*tiles, launch.num_warps])
+                or min(tiles) < MIN_TILE
+            ):
+                raise ValueError(
+                    f"{line}: {values}; width (and rows, of wgrad) are powers of two from {MIN_TILE} on, "
+                    "warps a power of two, stages at least 1"
+                )
             found[gpu, line] = launch
     return found

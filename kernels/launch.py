@@ -19,8 +19,10 @@ from torch import Tensor
 
 from taskmoe.kernels import configs, low_rank_triton
 from taskmoe.kernels.plan import tile_rows
+from taskmoe.kernels.ways import accumulator
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+DTYPES = {**ACCUMULATORS, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def shrink(wide_MD: Tensor, bank_ErD: Tensor, slots: Tensor | None, rows: Rows, 
     BR = configs.rank_bucket(R)
     if len(rows.tiles) and R:
         with _on(wide_MD):
-            low_rank_triton.shrink[(len(rows.tiles), triton.cdiv(R, BR))](
+            low_rank_triton.shrink[(len(rows.tiles) * triton.cdiv(R, BR),)](
                 wide_MD, bank_ErD, slots, rows.tiles, rows.pairs, out, wide_MD.stride(0), D,
                 r=r, R=R, SLOTS=slots is not None, PAIRS=rows.pairs is not None, PER=rows.per, BM=rows.size,
                 BR=BR, BD=at.width, ACC=ACCUMULATORS[acc], PRECISION=_precision(wide_MD),
@@ -86,11 +88,10 @@ def expand(
     y_MD: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``y + scale * (gates * rank) @ bank`` for the experts of each group, in the dtype of ``like``, ``[M,
-    D]``.
+    """``y + scale * (gates * rank) @ bank`` for the experts of each group, ``[M, D]``.
 
-    gates: [groups, k], or [rows of rank, k] with ``rows.row_gates``. out: where to write; may be ``y``
-        itself.
+    gates: [groups, k], or [rows of rank, k] with ``rows.row_gates``. like: of the dtype of the products. out:
+    where to write, in any dtype; may be ``y`` itself; None: a new tensor like ``like``.
     """
     E, r, D = bank_ErD.shape
     R = r * (E if slots is None else slots.shape[1])
@@ -102,11 +103,11 @@ def expand(
     at = _launch("expand", like, R, D)
     if len(rows.tiles):
         with _on(like):
-            low_rank_triton.expand[(len(rows.tiles), triton.cdiv(D, at.width))](
+            low_rank_triton.expand[(len(rows.tiles) * triton.cdiv(D, at.width),)](
                 rank_MR, gates.contiguous(), bank_ErD, slots, rows.tiles, rows.pairs, y_MD, out,
                 rank_MR.stride(0), y_MD.stride(0), D, SCALE=scale, r=r, R=R, SLOTS=slots is not None,
                 PAIRS=rows.pairs is not None, PER=rows.per, ROW_GATES=rows.row_gates, ADD=add, BM=rows.size,
-                BR=configs.expand_columns(R, 8 * like.element_size()), BD=at.width,
+                BR=configs.expand_columns(R, 8 * like.element_size()), BD=at.width, DOT=DTYPES[like.dtype],
                 ACC=ACCUMULATORS[accumulator(like.dtype)], PRECISION=_precision(like),
                 num_warps=at.num_warps, num_stages=at.num_stages,
             )  # fmt: skip
@@ -134,7 +135,7 @@ def weight_gradient(
     BR = configs.rank_bucket(R)
     if len(rows.chunks):
         with _on(wide_MD):
-            low_rank_triton.wgrad[(len(rows.chunks), triton.cdiv(D, at.width), triton.cdiv(R, BR))](
+            low_rank_triton.wgrad[(len(rows.chunks) * triton.cdiv(D, at.width) * triton.cdiv(R, BR),)](
                 rank_MR, gates.contiguous(), wide_MD, rows.chunks, rows.pairs, part, rank_MR.stride(0),
                 wide_MD.stride(0), D, SCALE=scale, r=r, R=R, PAIRS=rows.pairs is not None, PER=rows.per,
                 ROW_GATES=rows.row_gates, BM=at.rows, BR=BR, BD=at.width, ACC=ACCUMULATORS[acc],
@@ -180,19 +181,24 @@ def gate_gradient(drank_MR: Tensor, rank_MR: Tensor, gates: Tensor, scale: float
     return (reduce(part, None, rows, by_slot).sum((-1, -2)) * scale).to(gates.dtype)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What products of this dtype are summed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _rowwise(t: Tensor) -> Tensor:
     """Rows may lie anywhere; within a row the kernels step by one."""
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _precision(t: Tensor) -> str:
-    """Triton's own default for fp32 is TF32."""
-    return "tf32" if t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """Triton's own default for fp32 is TF32; here torch's setting decides."""
+    return "tf32" if t.dtype == torch.float32 and _tf32() else "ieee"
+
+
+def _tf32() -> bool:
+    # torch refuses to read the old setting once the new one has been written.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return torch.backends.cuda.matmul.allow_tf32
+    if precision == "none":  # as for all backends
+        precision = getattr(torch.backends, "fp32_precision", "none")
+    return precision == "tf32"
 
 
 def _launch(kernel: str, wide: Tensor, R: int, D: int) -> configs.Launch:

@@ -58,6 +58,8 @@ def low_rank(
     _check(x_MK, y_MN, A_GErK, B_GErN, gates_Tk, slots_Tk, plan)
     if y_MN is not None and x_MK.dtype != y_MN.dtype:
         x_MK = x_MK.to(y_MN.dtype)
+    if weight_NK is not None:
+        _check_weight(weight_NK, x_MK, B_GErN.shape[3])
     mode = ops.mode()
     if mode == "auto" and weight_NK is None:
         plain = little.choose(x_MK, A_GErK, B_GErN, slots_Tk, plan)
@@ -94,7 +96,12 @@ def one_expert_a_task(T: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def add_linear_(out_MN: Tensor, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
-    """``out += x @ weight^T`` in place, by a matmul that accumulates; the frozen weight gets no gradient."""
+    """``out += x @ weight^T`` in place, by a matmul that accumulates.
+
+    Raises:
+        ValueError: a weight that does not fit, or that trains: it would get no gradient.
+    """
+    _check_weight(weight_NK, x_MK, out_MN.shape[1])
     return _AddLinear.apply(out_MN, x_MK, weight_NK)
 
 
@@ -187,6 +194,16 @@ def without_autocast(x: Tensor) -> Any:
     if torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
+
+
+def _check_weight(weight_NK: Tensor, x_MK: Tensor, N: int) -> None:
+    if weight_NK.shape != (N, x_MK.shape[1]) or weight_NK.dtype != x_MK.dtype:
+        raise ValueError(
+            f"weight is {tuple(weight_NK.shape)} {weight_NK.dtype}; x and the result ask for "
+            f"{(N, x_MK.shape[1])} {x_MK.dtype}"
+        )
+    if weight_NK.requires_grad:
+        raise ValueError("weight trains, and would get no gradient here; add its product yourself")
 
 
 def _check(

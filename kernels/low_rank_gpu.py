@@ -102,6 +102,7 @@ def expand_bwd(
         dh_MR = shrink(dy_MN, B_GErN[0], slots_Tk, rows, len(dy_MN))
         if needs[0]:
             r = B_GErN.shape[2]
+            dh_MR = dh_MR.to(s_MR.dtype)
             over_rows = (gates_Tk.to(dh_MR.dtype) * scale).index_select(0, tables[0])
             ds = (dh_MR.unflatten(1, (-1, r)) * over_rows[:, :, None]).flatten(1)
         if needs[2]:
@@ -232,11 +233,12 @@ def _expand_slots(
     like: Tensor,
     y_MD: Tensor | None,
 ) -> Tensor:
-    """One launch a slot: each meets every token once, so that adding to ``out`` needs no atomics."""
+    """One launch a slot: each meets every token once, so that adding to ``out`` needs no atomics. Several are
+    added up in fp32: rounding once a slot would tell."""
     gates_P1 = gates_Mk.reshape(-1, 1)
     k = gates_Mk.shape[1]
-    out = like.new_empty(len(gates_Mk), bank_ErD.shape[2])
+    out = like.new_empty(len(gates_Mk), bank_ErD.shape[2], dtype=rank_Pr.dtype if k > 1 else like.dtype)
     for j, tiles in enumerate(rows.tiles.chunk(k)):
         here = Rows(tiles, rows.chunks, rows.chunk_ptr, rows.size, rows.pairs, rows.per, True, True)
         expand(rank_Pr, gates_P1, bank_ErD, experts, scale, here, like, y_MD if j == 0 else out, out)
-    return out
+    return out.to(like.dtype)

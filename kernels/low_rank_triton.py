@@ -1,10 +1,10 @@
 """The Triton kernels of the grouped low-rank product. Only what runs on the device; launches: launch.py.
 
 The work is a long, thin one: `[M, D]` activations with D in the thousands meet `R` rank columns, R in the
-tens. A pass over an `[M, D]` tensor costs far more than the arithmetic (up to R of about 180 on a current
-GPU), so each kernel reads or writes its wide tensor once, and everything else happens in rank space. Three
-kernels make forward and backward, because with banks stored `[E, r, D]` the two directions are the same
-products:
+tens. A pass over an `[M, D]` tensor costs far more than the arithmetic (up to R of about 180 by the peak
+rates of an H200), so each kernel reads or writes its wide tensor once, and everything else happens in rank
+space. Three kernels make forward and backward, because with banks stored `[E, r, D]` the two directions are
+the same products:
 
     shrink   rank = wide @ bank^T       s  = x @ A^T     dh = dy @ B^T
     expand   wide = (g * rank) @ bank   y += (g*s) @ B   dx = (g*dh) @ A
@@ -26,6 +26,8 @@ What all of them share:
   two >= 16 (the least that a tensor core takes), the surplus masked.
 - *Numbers.* Products are summed in `ACC` (fp32; fp64 for fp64). Gates and scale act on the rank tensor,
   before it is rounded to the wide tensor's type for the product. Row numbers are int64: M * D passes 2^31.
+- *Order.* One axis of programs, the tiles of one stretch of rows side by side: what they read together, they
+  read from the L2 cache.
 - A matrix that is needed transposed is loaded transposed, through its pointers: the transpose of a product's
   result is miscompiled for Hopper by Triton 3.4 to 3.7.0.
 
@@ -86,14 +88,16 @@ def shrink(
     Test: interpreted.py, every op: the output and dx, dA come from it; slots against repeated and unused
         experts.
     """
-    tile = tl.program_id(0)
+    column_tiles: tl.constexpr = (R + BR - 1) // BR
+    tile = tl.program_id(0) // column_tiles
     group = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     end = tl.load(tiles_ptr + 3 * tile + 2)
     if first >= end:
         return
     rank_row, wide_row, row_mask = _rows(first, end, pairs_ptr, BM, PAIRS, PER)
-    column, column_mask, _, bank_row = _columns(tl.program_id(1) * BR, group, slots_ptr, r, R, BR, SLOTS)
+    c0 = tl.program_id(0) % column_tiles * BR
+    column, column_mask, _, bank_row = _columns(c0, group, slots_ptr, r, R, BR, SLOTS)
     sums = tl.zeros((BM, BR), dtype=ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -122,7 +126,7 @@ def expand(
     rank_stride, y_stride, D,
     SCALE: tl.constexpr, r: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr, PAIRS: tl.constexpr,
     PER: tl.constexpr, ROW_GATES: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
-    BD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BD: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[row, d] = y[row, d] + SCALE * sum_c gate[c] * rank[row, c] * bank[c, d]; out, y [M, D], rank [M,
     R].
@@ -134,17 +138,18 @@ def expand(
 
     Test: interpreted.py, every op, with and without y; row by row gates in `gated`, pairs in `grouped`.
     """
-    tile = tl.program_id(0)
+    blocks = tl.cdiv(D, BD)
+    tile = tl.program_id(0) // blocks
     group = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     end = tl.load(tiles_ptr + 3 * tile + 2)
     if first >= end:
         return
     rank_row, wide_row, row_mask = _rows(first, end, pairs_ptr, BM, PAIRS, PER)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
     d_mask = d < D
     sums = tl.zeros((BM, BD), dtype=ACC)
-    for c0 in tl.static_range(0, R, BR):
+    for c0 in range(0, R, BR):
         column, column_mask, slot, bank_row = _columns(c0, group, slots_ptr, r, R, BR, SLOTS)
         mask = row_mask[:, None] & column_mask[None, :]
         rank = tl.load(rank_ptr + rank_row[:, None] * rank_stride + column[None, :], mask=mask, other=0.0)
@@ -158,8 +163,7 @@ def expand(
             mask=column_mask[:, None] & d_mask[None, :],
             other=0.0,
         )
-        typed = out_ptr.dtype.element_ty
-        sums = tl.dot(gated.to(typed), bank.to(typed), sums, input_precision=PRECISION, out_dtype=ACC)
+        sums = tl.dot(gated.to(DOT), bank.to(DOT), sums, input_precision=PRECISION, out_dtype=ACC)
     at = wide_row[:, None] * D + d[None, :]
     mask = row_mask[:, None] & d_mask[None, :]
     if ADD:
@@ -178,21 +182,23 @@ def wgrad(
 ):  # fmt: skip
     """part[chunk, c, d] = SCALE * sum over the chunk's rows of gate[c] * rank[row, c] * wide[row, d].
 
-    A chunk is a run of rows of one group, long enough that its BR x BD sums, written once, are few beside
-    what was read. Bytes: 2MD read (bf16) and 4RD a chunk written; the chunk's rank rows come from L2 but for
-    the first time.
+    A chunk is a run of rows of one group. Its BR x BD sums, written once in fp32, are few beside what was
+    read while 2R is well below its rows. Bytes: 2MD read (bf16) and 4RD a chunk written; the chunk's rank
+    rows come from L2 but for the first time.
 
     Test: interpreted.py, the gradients of A and B of every op; several chunks a task in the segments `long`.
     """
-    chunk = tl.program_id(0)
+    column_tiles: tl.constexpr = (R + BR - 1) // BR
+    blocks = tl.cdiv(D, BD)
+    chunk = tl.program_id(0) // (blocks * column_tiles)
     group = tl.load(chunks_ptr + 3 * chunk)
     first = tl.load(chunks_ptr + 3 * chunk + 1)
     end = tl.load(chunks_ptr + 3 * chunk + 2)
     if first >= end:
         return
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(0) // column_tiles % blocks * BD + tl.arange(0, BD)
     d_mask = d < D
-    column = tl.program_id(2) * BR + tl.arange(0, BR)
+    column = tl.program_id(0) % column_tiles * BR + tl.arange(0, BR)
     column_mask = column < R
     slot = column // r
     sums = tl.zeros((BR, BD), dtype=ACC)

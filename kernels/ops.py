@@ -28,6 +28,7 @@ from torch import Tensor
 from taskmoe.kernels import low_rank_cpu, token_cpu
 
 MODES = ("auto", "triton", "reference")
+LEAST_CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,19 +49,21 @@ def use_triton(x: Tensor) -> bool:
     asked = mode()
     if asked == "reference" or (asked == "auto" and not x.is_cuda):
         return False
-    why = _obstacle(x.device.type, x.dtype)
+    why = _obstacle(x.device, x.dtype)
     if why is not None:
         _warn(f"the Triton kernels cannot run: {why}; plain torch matmuls do the work, more slowly on a GPU")
     return why is None
 
 
 @cache
-def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in DTYPES:
         return f"they do not take {dtype}"
-    if device == "cpu":
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"they need compute capability 8.0; {torch.cuda.get_device_name(device)} has less"
+    if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "on the CPU they need Triton's interpreter (TRITON_INTERPRET=1)"
         if dtype == torch.bfloat16:

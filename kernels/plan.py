@@ -158,18 +158,23 @@ class Plan:
         if found is None:
             offsets = torch.tensor(self.offsets, dtype=torch.int32)
             tasks = torch.tensor(self.tasks, dtype=torch.int32)
-            row_tasks = torch.repeat_interleave(tasks.long(), offsets.diff().long(), output_size=self.rows)
-            found = [row_tasks, offsets, tasks]
+            small = [offsets, tasks]
             if tiles:
                 order = torch.argsort(tasks, stable=True)
                 starts, sizes = offsets[:-1], offsets.diff()
                 chunks, _ = cut(tasks[order], starts[order], sizes[order], chunk_rows(self.rows))
                 chunk_ptr = torch.searchsorted(chunks[:, 0].contiguous(), torch.arange(self.num_tasks + 1))
-                found.append(cut(tasks, starts, sizes, tile_rows(self.rows, len(tasks)))[0])
-                found += [chunks, chunk_ptr.int()]
+                small.append(cut(tasks, starts, sizes, tile_rows(self.rows, len(tasks)))[0])
+                small += [chunks, chunk_ptr.int()]
+            # A few numbers a segment and tile: a blocking copy, or one of a number a row, would wait for the
+            # device.
+            small = [t.to(device, non_blocking=True) for t in small]
+            row_tasks = torch.repeat_interleave(
+                small[1].long(), small[0].diff().long(), output_size=self.rows
+            )
+            found = [row_tasks, *small]
             if tiles or device.type != "cpu":
-                # non_blocking: a blocking copy would wait for the device.
-                found = [t.to(device, non_blocking=True) for t in found] + [offsets, tasks]
+                found += [offsets, tasks]
             self._tables[device, tiles] = found
         return found
 

@@ -80,6 +80,8 @@ def expand(
     with without_autocast(s_MR):
         if ops.mode() == "reference":
             return reference.expand(s_MR, y_MN, B_GErN, gates_Tk, slots_Tk, scale, plan, dtype)
+        if s_MR.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"s is {s_MR.dtype}; rank-space rows are float32 or float64")
         tables = tables_of(plan, s_MR)
         return _Expand.apply(s_MR, y_MN, B_GErN, gates_Tk, slots_Tk, float(scale), tables, dtype)
 

@@ -1,7 +1,8 @@
 """Measure the launches of the Triton kernels on the GPU at hand, and keep the fastest of each line of the
 table.
 
-The length of a chunk of rows is not tuned: it decides in which order gradients are summed.
+The length of a chunk of rows is not tuned: it decides in which order gradients are summed. Another launch
+may still change a result's last bit; the same launch never does.
 
 Legend: M rows, D wide dimension, R columns of a group.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -78,18 +79,20 @@ def tune(
     budget_s: float,
     say: Callable[[str], None],
     timer: Timer = seconds_on_gpu,
-) -> dict[str, list[int]]:
-    """{line: [width, rows, num_warps, num_stages]} where another launch than the table's is faster by 3 %.
+) -> dict[str, list[int] | None]:
+    """{line: [width, rows, num_warps, num_stages]} where another launch than the table's is faster by 3 %,
+    None where none is; lines that were not measured are left out.
 
     Args:
         gpu, arch: the GPU's name and architecture, as :func:`taskmoe.kernels.configs.launch` takes them.
         budget_s: when it is spent, the lines that are left keep what they have.
         say: is told of each line.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, list[int] | None] = {}
     deadline = time.monotonic() + budget_s
     known = configs.overrides()
-    for key in list(configs.keys()):
+    # So that little time still reaches every kernel.
+    for key in sorted(configs.keys(), key=lambda k: (k.bits, k.rank, k.width)):
         if key.bits not in DTYPES:
             continue
         if time.monotonic() > deadline:
@@ -109,18 +112,20 @@ def tune(
         known.pop(line, None)
         best = min(times, key=lambda launch: times[launch])
         gain = times[present] / times[best]
-        if gain > 1.03:
-            found[str(key)] = [best.width, best.rows, best.num_warps, best.num_stages]
+        better = [best.width, best.rows, best.num_warps, best.num_stages]
+        found[str(key)] = better if gain > 1.03 else None
         if before is not None:
             known[line] = before
         say(f"{key}: {1e6 * times[best]:.1f} us with {best}, {gain:.2f} x the table's")
     return found
 
 
-def write(path: Path, gpu: str, lines: dict[str, list[int]]) -> None:
-    """Write the launches of one GPU into the file of overrides; what it says of other GPUs stays."""
+def write(path: Path, gpu: str, lines: Mapping[str, list[int] | None]) -> None:
+    """Write the launches of one GPU into the file of overrides (None: the table's); what it says of other
+    lines and other GPUs stays."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known[gpu] = lines
+    merged = {**known.get(gpu, {}), **lines}
+    known[gpu] = {line: launch for line, launch in merged.items() if launch is not None}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")

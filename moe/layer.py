@@ -64,12 +64,13 @@ class MoELinear(nn.Module):
         base, wanted = self.base, self.experts_first
         if not (x.is_cuda if wanted is None else wanted):
             return False
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return (
             type(base) is nn.Linear
-            and not any(p.requires_grad or hasattr(p, "ds_id") for p in base.parameters())
-            and base.weight.dtype == x.dtype
+            and "forward" not in vars(base)  # accelerate's offloading puts its own there
+            and not any(hooks)
+            and all(_plain_and_frozen(p, x) for p in base.parameters())
             and not self.bank.drops()
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks)
             and not torch.is_autocast_enabled(x.device.type)
         )
 
@@ -81,6 +82,12 @@ class MoELinear(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return getattr(self.base, "bias", None)
+
+
+def _plain_and_frozen(p: nn.Parameter, x: Tensor) -> bool:
+    """Whether ``p`` is an ordinary tensor (not quantised, not sharded) beside ``x`` that does not train."""
+    ordinary = type(p) is nn.Parameter and type(p.data) is Tensor and not hasattr(p, "ds_id")
+    return ordinary and not p.requires_grad and p.dtype == x.dtype and p.device == x.device
 
 
 class SavedModule(nn.Module):

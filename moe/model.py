@@ -121,7 +121,7 @@ class TaskMoEModel(nn.Module):
             return Context(ids, enabled=False)
         parts = self.parts if torch.is_grad_enabled() else None
         context = Context(ids, halves=None if parts is None else parts.halves)
-        tasks = torch.tensor(context.tasks, device=self.device)
+        tasks = torch.tensor(context.tasks).to(self.device, non_blocking=True)
         values_STHk, slots = self.routing(tasks)
         if self._mode == "uniform":
             shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from taskmoe.kernels.plan import Plan
@@ -32,8 +33,8 @@ SMALL = 2**18
 
 @dataclass
 class Shared:
-    """What a forward pass keeps between the first sibling and the last: the rows, and who still waits for
-    what."""
+    """What a forward pass keeps between the first sibling and the last (or its own end): the rows, and who
+    still waits for what."""
 
     x: Tensor
     waiting: dict[str, tuple[Tensor, Operands]]  # {linear: its rows in rank space [M, R], its operands}
@@ -57,6 +58,8 @@ class Siblings:
         if found is None or found.x is not x:
             if not all(_can_share(linear.bank) for linear in self.linears) or not self._worth(x_MK):
                 return None
+            if torch.is_autocast_enabled(x.device.type):
+                return None  # a linear that works alone takes the rows in the dtype of its product
             operands = [linear.bank.operands(context.gates[linear.group]) for linear in self.linears]
             rows = shrink(x_MK, [o.A_GErK for o in operands], [o.slots_Tk for o in operands], plan)
             names = [linear.name for linear in self.linears]

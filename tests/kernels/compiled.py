@@ -29,6 +29,7 @@ from taskmoe.kernels.configs import Launch
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}
 LEAST_SHARED = 101376
 DTYPES = {16: ("bf16", "fp16"), 32: ("fp32",), 64: ("fp64",)}
+DOTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 WIDE = 4096  # wide enough that no launch is narrowed to it
 TILES = (16, 64)  # rows of a tile, the least and the most that plan.tile_rows gives
 MATRIX_UNITS = ("mma.sync", "wgmma", "tcgen05.mma")
@@ -94,7 +95,7 @@ def variants() -> Iterator[Case]:
     for arch in configs.ARCHITECTURES:
         for kernel in configs.KERNELS:
             for dtype, bits in (("bf16", 16), ("fp32", 32)):
-                shapes = [(9, 3), (32, 8), (64, 16), (128, 64), (192, 64)]
+                shapes = [(9, 3), (32, 8), (64, 16), (128, 64), (192, 64), (1024, 64)]
                 for R, r, on in [(16, 4, on) for on in settings] + [(R, r, SWITCHES) for R, r in shapes]:
                     key = configs.key(kernel, R, WIDE, bits)
                     launch = configs.TABLE.get((arch, key), configs.default(key))
@@ -123,7 +124,8 @@ def source(case: Case) -> tuple[ASTSource, dict[str, int]]:
     }  # fmt: skip
     constants: dict[str, Any] = {name: name in on for name in (*SWITCHES, "BY_EXPERT")} | {
         "r": r, "R": R, "k": R // r, "PER": 2 if "PAIRS" in on else 1, "SCALE": 0.5, "BM": case.rows,
-        "PRECISION": "ieee", "ACC": tl.float64 if acc == "fp64" else tl.float32, "BR": columns,
+        "PRECISION": "ieee", "DOT": DOTS[case.dtype],
+        "ACC": tl.float64 if acc == "fp64" else tl.float32, "BR": columns,
     }  # fmt: skip
     options = {"num_warps": 4}
     if case.launch is not None:

@@ -119,9 +119,17 @@ def test_reading_says_what_is_wrong(override_file) -> None:
     with pytest.raises(ValueError, match="'shrink/17/wide/16' is no line of the table"):
         configs.read_overrides(override_file('{"GPU": {"shrink/17/wide/16": [32, 0, 2, 5]}}'))
     with pytest.raises(
-        ValueError, match=r"shrink/16/wide/16: \[33, 0, 2, 5\]; width and warps are powers of two"
+        ValueError, match=r"shrink/16/wide/16: \[33, 0, 2, 5\]; width .and rows, of wgrad. are powers of two"
     ):
         configs.read_overrides(override_file('{"GPU": {"shrink/16/wide/16": [33, 0, 2, 5]}}'))
+
+
+@pytest.mark.parametrize(
+    "values", [[8, 32, 4, 2], [64, 0, 4, 2], [64, 48, 4, 2], [64, 32, 3, 2], [64, 32, 4, 0]]
+)
+def test_a_launch_that_no_kernel_takes_is_refused(override_file, values) -> None:
+    with pytest.raises(ValueError, match=r"wgrad/16/wide/16: .*powers of two"):
+        configs.read_overrides(override_file(f'{{"GPU": {{"wgrad/16/wide/16": {values}}}}}'))
 
 
 def test_where_the_file_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

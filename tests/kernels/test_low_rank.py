@@ -155,6 +155,16 @@ def test_a_frozen_weight_is_accumulated_onto_the_experts(make_case, k, with_y) -
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_a_weight_that_trains_or_does_not_fit_is_refused(make_case) -> None:
+    case, weight = make_case(), torch.randn(9, 7, dtype=torch.float64)
+    with pytest.raises(ValueError, match="weight trains, and would get no gradient"):
+        low_rank(*case.args(), weight.clone().requires_grad_())
+    with pytest.raises(ValueError, match=r"weight is \(9, 7\) torch.float32; x and the result ask for"):
+        low_rank(*case.args(), weight.float())
+    with pytest.raises(ValueError, match=r"weight is \(7, 9\)"):
+        low_rank_module.add_linear_(torch.zeros(15, 9, dtype=torch.float64), case.x, weight.t())
+
+
 @pytest.mark.parametrize("H", [1, 2, 3])
 def test_average_is_the_reference(H) -> None:
     g = torch.Generator().manual_seed(0)

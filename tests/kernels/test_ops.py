@@ -85,6 +85,18 @@ def test_what_triton_does_not_take(fresh) -> None:
         assert all(ops.use_triton(torch.ones(1, dtype=d)) for d in ops.DTYPES if d != torch.bfloat16)
 
 
+def test_an_old_gpu_falls_back(fresh) -> None:
+    if importlib.util.find_spec("triton") is None:
+        fresh.setattr(ops, "find_spec", lambda name: object())
+    device = torch.device("cuda", 0)
+    fresh.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    fresh.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    assert ops._obstacle(device, torch.float16) == "they need compute capability 8.0; T4 has less"
+    ops._obstacle.cache_clear()
+    fresh.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert ops._obstacle(device, torch.float16) is None
+
+
 def test_an_op_goes_where_it_is_sent(fresh, op_arguments) -> None:
     """The dispatch itself, with Triton's functions told apart by what they return."""
     arguments = next(args for name, args in op_arguments() if name == "shrink_fwd")

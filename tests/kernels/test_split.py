@@ -283,3 +283,10 @@ def test_expand_names_what_does_not_fit(change, message: str) -> None:
 def test_a_core_that_does_not_fit(core: Tensor) -> None:
     with pytest.raises(ValueError, match=r"core is .*; the rows of B and A .* ask for \(4, 4, 2\)"):
         low_rank_core(torch.ones(M, K), None, torch.ones(1, 2, K), torch.ones(1, 4, N), core, 1.0, PLAN)
+
+
+def test_rank_space_rows_of_sixteen_bits_are_refused(make_case) -> None:
+    case = make_case(r=2)
+    s = torch.zeros(15, 10, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="rank-space rows are float32 or float64"):
+        expand(s, None, case.B[None], case.gates, None, 1.0, case.plan)

@@ -59,7 +59,14 @@ def test_a_gain_within_the_noise_changes_nothing(small) -> None:
     lines = tune(
         "Some GPU", "sm_90", CPU, 60, lambda _: None, lambda run: 1.0 if present() == first else 0.98
     )
-    assert lines == {}
+    assert lines == {"shrink/16/narrow/16": None}
+
+
+def test_what_a_shorter_run_did_not_measure_stays(tmp_path) -> None:
+    path = tmp_path / "kernels.json"
+    write(path, "Some GPU", {"shrink/16/narrow/16": [64, 0, 8, 3], "wgrad/16/narrow/16": [64, 32, 4, 2]})
+    write(path, "Some GPU", {"shrink/16/narrow/16": None, "expand/16/narrow/16": [128, 0, 4, 1]})
+    assert set(json.loads(path.read_text())["Some GPU"]) == {"wgrad/16/narrow/16", "expand/16/narrow/16"}
 
 
 def test_a_launch_that_does_not_fit_is_passed_over(small) -> None:
@@ -131,7 +138,9 @@ def test_the_command(capsys, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr("taskmoe.kernels.tune.tune", lambda *_: {"shrink/16/narrow/16": [64, 0, 8, 3]})
+    lines = {"shrink/16/narrow/16": [64, 0, 8, 3], "shrink/32/narrow/16": None}
+    monkeypatch.setattr("taskmoe.kernels.tune.tune", lambda *_: lines)
     assert main(["tune"]) == 0
-    assert "1 launches of Some GPU written to" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 launches of Some GPU written to" in said and "1 are best as they are" in said
     assert present() == Launch(64, 0, 8, 3)

@@ -136,6 +136,14 @@ def test_dropout_gives_each_linear_its_own_rows(routed, batch, shrinks) -> None:
     assert shrinks == [3, 2] * 2
 
 
+def test_under_autocast_each_works_alone(routed, batch, shrinks, head) -> None:
+    model, inputs = routed("llama"), batch("llama", [0, 1], length=20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = head(model(**inputs))
+        assert shrinks == []
+        assert torch.equal(out, head(apart(model)(**inputs)))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("families", [True, False])
 def test_experts_first_is_the_sum(
@@ -181,6 +189,13 @@ def test_experts_first_only_beside_a_plain_frozen_linear(routed, batch, monkeypa
     assert not linear._experts_first(x)
     linear.base.weight.requires_grad_(False)
     linear.base.weight.ds_id = 0
+    assert not linear._experts_first(x)
+    del linear.base.weight.ds_id
+    assert linear._experts_first(x)
+    linear.base.forward = lambda x: x  # as accelerate's offloading does
+    assert not linear._experts_first(x)
+    del linear.base.forward
+    linear.base.bias = nn.Parameter(torch.zeros(16, dtype=torch.bfloat16), requires_grad=False)
     assert not linear._experts_first(x)
     assert not any(m._experts_first(x) for m in routed("gpt2").modules() if isinstance(m, MoELinear)), (
         "GPT-2's Conv1D is no nn.Linear"
