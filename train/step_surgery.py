@@ -11,7 +11,6 @@ Legend: T tasks, R rows of J.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.moe import TaskMoEModel
 from taskmoe.train.config import ConfigError, SurgeryConfig
 from taskmoe.train.distributed import Ranks, all_max
 from taskmoe.train.objectives import Counts
 from taskmoe.train.surgery.combine import Surgery
 from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
-from taskmoe.train.surgery.gramian import conflict_fraction, cosines, inactive, update_change
-from taskmoe.train.task_gradients import Combination, TaskGradients, fold
+from taskmoe.train.surgery_log import Seen
+from taskmoe.train.task_gradients import TaskGradients, fold
 from taskmoe.train.task_scope import find_scope
 
 STATE = "surgery.pt"
@@ -62,6 +61,7 @@ class StepSurgery:
         self.way = "slices" if stage == 3 and self.gradients.way == "separate" else self.gradients.way
         self.turns: list[list[int]] = []  # the tasks of each micro-batch's passes; as many on all ranks
         self.step = 0
+        self.present: list[int] = []  # tasks with a target in the step, over all ranks
         self._kept: dict[str, dict[int, float]] = {}
         self._kept_at = self._reported = 0
         self._reuse = False
@@ -89,15 +89,17 @@ class StepSurgery:
             counts: of the whole step; parts: of this rank's micro-batches.
         """
         self.step = step
-        present = (counts.tokens_T > 0).nonzero().squeeze(1).tolist()
+        self.present = present = (counts.tokens_T > 0).nonzero().squeeze(1).tolist()
         fresh = step - self._kept_at < self.config.refresh_every
         known = [kept.get(t) for kept in self._kept.values() for t in present]
         usable = all(w is not None for w in known)
         if usable and self.way != "fused":
             usable = all(abs(w) >= SMALLEST_WEIGHT for w in known if w is not None)
         self._reuse = bool(self._kept) and fresh and usable
-        rows = fold(present, self.config.max_tasks, self.seed, step)
-        self.seen.folded = len(present) > self.config.max_tasks
+        # Kept weights are each task's own: rows that tasks share now are not those that they shared then.
+        most = None if self._reuse else self.config.max_tasks
+        rows = fold(present, most, self.seed, step)
+        self.seen.folded = self.seen.folded or len(rows) > len(set(rows.values()))
         fused, every = self.way == "fused", self.config.matrix_steps
         self._due = self._due or (every is not None and (step + 1) % every == 0)
         halves = self._due and fused and not self._reuse
@@ -138,7 +140,9 @@ class StepSurgery:
                     for g, w_R in combination.weights.items()
                 }
                 self._kept_at = self.step
-        elif self.way == "fused":
+            return
+        self.seen.add_weights(self._kept, self.present)
+        if self.way == "fused":
             self.gradients.finish_weighted()
         else:
             self._divide_private()
@@ -194,79 +198,6 @@ class StepSurgery:
         self._kept_at, self._reported = int(state["kept_at"]), int(state["reported"])
         self._due = bool(state["due"])
         self.seen.load_state_dict(state["seen"])
-
-
-class Seen:
-    """What combinations did since the last :meth:`read`: means over the steps that made one."""
-
-    def __init__(self, tasks: TaskTable) -> None:
-        self.tasks = tasks
-        self.folded = False
-        self._clear()
-
-    def _clear(self) -> None:
-        self._sums: dict[str, list[float]] = {}  # {metric: [sum, number]}
-        self._last: dict[str, Any] = {}
-
-    def add(self, combination: Combination) -> None:
-        """Count a step in; with one Gramian a layer, fractions are means over layers."""
-        for group, G_RR in combination.gramians.items():
-            self._mean("grad/conflict_frac", conflict_fraction(G_RR))
-            C_RR = cosines(G_RR)
-            self._mean("grad/cosine", float(C_RR[torch.triu(torch.ones_like(C_RR), 1) > 0].nanmean()))
-            if combination.weights is None:
-                continue
-            w_R = combination.weights[group]
-            for tasks, weight in zip(combination.rows, w_R.tolist(), strict=True):
-                for task in tasks:
-                    self._mean(f"train/weight/{self.tasks[task].slug}", weight)
-        total = torch.stack(list(combination.gramians.values()))
-        self._last = {
-            "grad/rows": [[self.tasks[t].slug for t in tasks] for tasks in combination.rows],
-            "grad/cosine_matrix": cosines(total.sum(0)).tolist(),
-        }
-        if combination.same_task is not None:
-            self._mean("grad/same_task_cosine", float(combination.same_task.nanmean()))
-        if combination.weights is not None:
-            self._mean("grad/update_change", _change(combination.gramians, combination.weights))
-
-    def _mean(self, key: str, value: float) -> None:
-        if math.isfinite(value):
-            total = self._sums.setdefault(key, [0.0, 0])
-            total[0] += value
-            total[1] += 1
-
-    def read(self, whole: bool) -> tuple[dict[str, Any], list[str]]:
-        """(metrics, lines to print); ``whole``: with the cosine of every pair of rows, of the last step."""
-        metrics: dict[str, Any] = {k: total / n for k, (total, n) in self._sums.items()}
-        if whole:
-            metrics.update(self._last)
-        lines = []
-        change = metrics.get("grad/update_change")
-        if change is not None and inactive(change):
-            lines.append(f"surgery is inactive: it changes the update by {100 * change:.2g} %")
-        if self.folded:
-            lines.append("surgery.max_tasks: tasks share rows, drawn anew each step")
-        self._clear()
-        return metrics, lines
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self._sums, "last": self._last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._sums = {k: list(v) for k, v in state["sums"].items()}
-        self._last = dict(state["last"])
-
-
-def _change(gramians: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
-    """The change of the whole update: squares add up over the groups of parameters."""
-    moved = plain = 0.0
-    for group, G_RR in gramians.items():
-        whole = float(G_RR.sum().clamp(min=0))
-        change = update_change(G_RR, weights[group])
-        moved += change**2 * whole if whole > 0 else 0.0
-        plain += whole
-    return math.sqrt(moved / plain) if plain > 0 else 0.0
 
 
 def surgery_line(config: SurgeryConfig, surgery: StepSurgery | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from taskmoe.train.choices import generator
 from taskmoe.train.config import Config, SurgeryConfig
 from taskmoe.train.engine import Engine
 from taskmoe.train.micro_batch import learn
-from taskmoe.train.objectives import Counts, count
+from taskmoe.train.objectives import Counts, count, step_loss
 from taskmoe.train.schedule import resolve_phases
+from taskmoe.train.step_surgery import StepSurgery, build_surgery
 
 TASKS, STEPS, ROWS, VOCAB = 4, 5, 8, 23
 FROZEN = ("experts", "router", "task_embedding")
@@ -278,3 +280,56 @@ def test_what_is_told_about_a_step(spawn_ranks, tmp_path):
     assert -1 <= metrics["grad/same_task_cosine"] <= 1
     assert len(metrics["grad/cosine_matrix"]) == 2 == len(metrics["grad/rows"])
     assert any("share rows" in line for line in lines)
+
+
+def surgery_alone(**settings: Any) -> StepSurgery:
+    """A phase's surgery in this process, without an engine."""
+    made = model()
+    made.set_trainable(FROZEN)
+    here = distributed.Ranks(0, 1, 0, torch.device("cpu"), owns_group=False)
+    built = build_surgery(SurgeryConfig(**settings), made.train(), here, 0, lambda _: nullcontext())
+    assert built is not None
+    return built
+
+
+def one_step(surgery: StepSurgery, step: int, whole: dict[str, torch.Tensor] | None = None) -> dict:
+    """{name: gradient}; the weights do not move."""
+    whole = rows(step) if whole is None else whole
+    made, counts = surgery.gradients.model, count(whole, "CAUSAL_LM", TASKS)
+    made.zero_grad()
+    surgery.begin(step, counts, [counts])
+    surgery.enter(0)
+    inputs = {n: v for n, v in whole.items() if n != "labels"}
+    with surgery.gradients:
+        weights = surgery.loss_weights(torch.ones(TASKS).double())
+        step_loss(made(**inputs).logits, whole, counts, weights, task_type="CAUSAL_LM")[0].backward()
+    surgery.finish()
+    return {n: p.grad.clone() for n, p in surgery.gradients.scope.shared.items()}
+
+
+def test_weights_used_again_are_each_tasks_own_whatever_rows_were_shared():
+    surgery = surgery_alone(method="random", max_tasks=2, refresh_every=2)
+    one_step(surgery, 2)  # all four tasks; step 3 draws other groups
+    (kept,) = surgery._kept.values()
+    whole = rows(0)
+    found = one_step(surgery, 3, whole)
+    plain = surgery_alone(method="sum")
+    total = (whole["labels"][:, 1:] != -100).sum()
+    expected = {n: torch.zeros_like(g) for n, g in found.items()}
+    for task in kept:
+        own = {n: v[whole["task_ids"] == task] for n, v in whole.items()}
+        n_own = (own["labels"][:, 1:] != -100).sum()
+        for n, g in one_step(plain, 0, own).items():
+            expected[n] += kept[task] * g * n_own / total
+    assert worst(found, expected) <= 1e-6
+
+
+def test_the_weight_told_is_that_of_every_step():
+    surgery = surgery_alone(method="random", refresh_every=3)
+    for step in range(2):
+        one_step(surgery, step, rows(0))
+    metrics, _ = surgery.report(2)
+    (kept,) = surgery._kept.values()
+    assert metrics["train/weight/task-0"] == pytest.approx(kept[0])
+    one_step(surgery, 2, rows(0))
+    assert surgery.report(3)[0]["train/weight/task-0"] == kept[0]
