@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,11 +39,7 @@ def build(
     Raises:
         ConfigError: an unknown name (the nearest is named), or an option that the method does not take.
     """
-    if name not in registry:
-        near = difflib.get_close_matches(str(name), registry, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"{section}.method: {name!r} is not one of {', '.join(registry)}; the nearest is {near!r}"
-        )
+    check_name(section, registry, name)
     parameters = inspect.signature(registry[name]).parameters
     known = list(parameters)[len(given) :]
     for option in options:
@@ -54,6 +50,16 @@ def build(
         if option not in options and parameters[option].default is inspect.Parameter.empty:
             raise ConfigError(f"{section}.options.{option}: {name!r} needs it, and it is not given")
     return registry[name](*given, **options)
+
+
+def check_name(section: str, known: Iterable[str], name: str) -> None:
+    """Raises ConfigError if ``name`` is not among those known; the nearest is named."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"{section}.method: {name!r} is not one of {', '.join(known)}; the nearest is {near!r}"
+        )
 
 
 def number(key: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False) -> float:

@@ -29,8 +29,8 @@ def check_surgery(config: Config, check: Decoder) -> None:
     surgery = config.surgery
     if surgery.method is None:
         return
-    from taskmoe.train.surgery.combine import Surgery
-    from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+    from taskmoe.train.surgery.choose import choose
+    from taskmoe.train.surgery.direct import DIRECT
 
     others = {g for phase in config.phases for g in phase.train} & {"base", "saved"}
     if config.moe.modules_to_save is None:
@@ -39,7 +39,7 @@ def check_surgery(config: Config, check: Decoder) -> None:
         message = f"'fused' splits experts and routers, and {sorted(others)[0]} trains too; set way to auto"
         raise check.fail("surgery.way", f"{message}, or surgery.scope to experts")
     try:
-        (DirectSurgery if surgery.method in DIRECT else Surgery)(surgery.method, surgery.options)
+        choose(surgery.method, surgery.options)
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         raise check.fail(key, message) from error

@@ -23,10 +23,11 @@ from taskmoe.moe import TaskMoEModel
 from taskmoe.train.config import ConfigError, SurgeryConfig
 from taskmoe.train.distributed import Ranks, all_max
 from taskmoe.train.objectives import Counts
-from taskmoe.train.surgery.combine import Surgery
-from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+from taskmoe.train.surgery.choose import choose
+from taskmoe.train.surgery.direct import DirectSurgery
+from taskmoe.train.surgery.rows import check_tasks, fold
 from taskmoe.train.surgery_log import Seen
-from taskmoe.train.task_gradients import TaskGradients, fold
+from taskmoe.train.task_gradients import TaskGradients
 from taskmoe.train.task_scope import find_scope
 
 STATE = "surgery.pt"
@@ -38,7 +39,7 @@ class StepSurgery:
 
     Raises:
         ConfigError: as :class:`~taskmoe.train.task_gradients.TaskGradients`, or ``refresh_every`` where the
-            weights of a step cannot be used again exactly.
+            weights of a step cannot be used again exactly, or a method that does not fit the tasks.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class StepSurgery:
     ) -> None:
         assert config.method is not None
         self.config, self.seed, self.tasks = config, seed, model.tasks
-        kind = DirectSurgery if config.method in DIRECT else Surgery
-        self.method: Surgery | DirectSurgery = kind(config.method, config.options, seed)
+        self.method = choose(config.method, config.options, seed)
+        check_tasks(self.method, len(model.tasks), config.max_tasks)
         self.gradients = TaskGradients(
             model, way=config.way, scope=config.scope, seed=seed, ranks=ranks, gathered=gathered
         )

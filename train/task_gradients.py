@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,8 +35,10 @@ from taskmoe.train.config import ConfigError
 from taskmoe.train.distributed import Ranks, all_sum, world_size
 from taskmoe.train.router_gradients import RouterGradients
 from taskmoe.train.surgery.base import check_finite
+from taskmoe.train.surgery.choose import choose
 from taskmoe.train.surgery.combine import Surgery
-from taskmoe.train.surgery.direct import DIRECT, DirectSurgery
+from taskmoe.train.surgery.direct import DirectSurgery
+from taskmoe.train.surgery.rows import check_rows, fold
 from taskmoe.train.task_matrix import TaskMatrix
 from taskmoe.train.task_scope import choose_way, find_scope
 
@@ -60,7 +61,7 @@ class TaskGradients:
         task_ids: the tasks of the step (ids or names, repeats do not matter); None: tasks get a row as they
             come.
         scope: ``all``, ``experts``, ``routers``, or ``layer`` (all, combined layer by layer).
-        max_tasks: above so many ``task_ids``, tasks share rows (:func:`fold`).
+        max_tasks: above so many ``task_ids``, tasks share rows (:func:`~taskmoe.train.surgery.rows.fold`).
         seed: of random choices: groups of tasks, a method's order.
         ranks: where the passes of other ranks belong to the same step; rows are then set by :meth:`begin`,
             equal on all ranks, and every method is a collective.
@@ -99,6 +100,7 @@ class TaskGradients:
         whole = gathered or (lambda _: nullcontext())
         self._routers = RouterGradients(model, self.scope.routers, self._sum, whole)
         self._open, self._combines = False, 0
+        self._methods: dict[str, Surgery | DirectSurgery] = {}  # chosen by name: their state lives on
         ids = None if task_ids is None else _flat(read_task_ids(task_ids, model.tasks))
         if max_tasks is not None and ids is None:
             raise ConfigError("surgery.max_tasks: folding needs the tasks of the step; give task_ids")
@@ -121,19 +123,21 @@ class TaskGradients:
     # -- collecting ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> TaskGradients:
+        if not self._open and (stale := self._with_gradient()):
+            raise RuntimeError(f"{stale[0]} has a gradient already; clear them first (optimizer.zero_grad())")
+        self._open = True
         if self.way == "fused":
             self.model.parts = self
-        if not self._open:
-            self._open = True
-            stale = [n for n, p in self.scope.shared.items() if p.grad is not None and p.grad.any()]
-            if stale:
-                raise RuntimeError(
-                    f"{stale[0]} has a gradient already; clear them first (optimizer.zero_grad())"
-                )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.model.parts = None
+        if kind is not None:
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._open = False
+        self.begin(self.rows if self._fixed else None)
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Whether its gradient is taken from the one backward pass (:class:`taskmoe.moe.parts.Parts`)."""
@@ -161,7 +165,13 @@ class TaskGradients:
         self._routers.add(tasks, gradient_STHk)
 
     def backward(self, losses: Mapping[Any, Tensor]) -> None:
-        """One backward pass a task on the retained graph (way ``separate``): {task id or name: its loss}."""
+        """One backward pass a task on the retained graph (way ``separate``): {task id or name: its loss}.
+
+        Raises:
+            RuntimeError: the way is ``fused``.
+            TaskError: an unknown task.
+        """
+        self._check_not_fused()
         shared = self.scope.shared
         before = {n: p.grad for n, p in shared.items()}
         for p in shared.values():
@@ -173,13 +183,24 @@ class TaskGradients:
             p.grad = before[n]
 
     def harvest(self, task: int) -> None:
-        """Move what a backward pass of this task's loss alone left on the shared parameters to its row."""
+        """Move what a backward pass of this task's loss alone left on the shared parameters to its row.
+
+        Raises:
+            RuntimeError: the way is ``fused``.
+        """
+        self._check_not_fused()
         row = self._row(task)
         for name, p in self.scope.shared.items():
             if p.grad is not None:
                 if row is not None:
                     self.matrix.add(name, [row], p.grad.unsqueeze(0).clone())
                 p.grad.zero_()
+
+    def _check_not_fused(self) -> None:
+        if self.way == "fused":  # the pass itself has been kept: what it left would count twice
+            raise RuntimeError(
+                "way is fused: one loss.backward() inside the with; for a loss a task give way='separate'"
+            )
 
     def _row(self, task: int) -> int | None:
         if task not in self.rows:
@@ -207,17 +228,24 @@ class TaskGradients:
         Raises:
             RuntimeError: nothing was collected.
             SurgeryError: gradients that are not finite.
+            ConfigError: an unknown method or option, or tasks share rows and the method goes by task.
         """
-        if isinstance(method, str):
-            method = (DirectSurgery if method in DIRECT else Surgery)(method, options, self.seed)
         step = self._combines if step is None else step
         self._combines += 1
-        if not self.rows:
-            raise RuntimeError(
-                "no task's gradient was collected: the forward pass must stand inside the `with` as well"
-                if self.way == "fused"
-                else "no task's gradient was collected: call grads.backward({task: loss, ...})"
-            )
+        try:
+            return self._combine(self._chosen(method, options) if isinstance(method, str) else method, step)
+        finally:
+            self._start_anew()
+
+    def _chosen(self, name: str, options: Mapping[str, Any]) -> Surgery | DirectSurgery:
+        key = f"{name} {sorted(options.items())}"
+        if key not in self._methods:
+            self._methods[key] = choose(name, options, self.seed)
+        return self._methods[key]
+
+    def _combine(self, method: Surgery | DirectSurgery, step: int) -> Combination:
+        self._check_collected(bool(self.rows))
+        check_rows(method, self.row_tasks())
         self.matrix.reduce()
         same_task = None
         if self.halves is not None:
@@ -226,6 +254,8 @@ class TaskGradients:
         self._route()
         rows = self.row_tasks()
         gramians = group_gramians(self.matrix, self.scope, self._sum)
+        if self.way == "fused" and not any(G_RR.any() for G_RR in gramians.values()):
+            self._check_collected(not self._with_gradient())
         firsts = [tasks[0] for tasks in rows]
         weights: dict[str, Tensor] | None = None
         if isinstance(method, DirectSurgery):
@@ -236,9 +266,18 @@ class TaskGradients:
         else:
             weights = {g: method.weights(G_RR, step, firsts) for g, G_RR in gramians.items()}
             self._weigh(weights)
-        self._open = False
-        self.begin(None if not self._fixed else self.rows)
         return Combination(rows, gramians, weights, same_task)
+
+    def _with_gradient(self) -> list[str]:
+        return [n for n, p in self.scope.shared.items() if p.grad is not None and p.grad.any()]
+
+    def _check_collected(self, found: bool) -> None:
+        if not found:
+            raise RuntimeError(
+                "no task's gradient was collected: the forward pass must stand inside the `with` as well"
+                if self.way == "fused"
+                else "no task's gradient was collected: call grads.backward({task: loss, ...})"
+            )
 
     def finish_weighted(self) -> None:
         """The end of a step that :meth:`begin` was given weights for: the routers' shared parameters."""
@@ -250,7 +289,7 @@ class TaskGradients:
                 w_R = torch.tensor([kept.get(t, 1.0) for t in order], dtype=torch.float64)
                 names = [n for n in self.scope.groups[group] if n in self.scope.routers]
                 hand_in(self.matrix, self.scope, {n: self.matrix.weighted(n, w_R) for n in names})
-        self.begin(None if not self._fixed else self.rows)
+        self.begin(self.rows if self._fixed else None)
 
     def row_tasks(self) -> list[list[int]]:
         """The task ids of each row."""
@@ -273,18 +312,6 @@ class TaskGradients:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         return tensor if self.matrix.world_size == 1 else all_sum(tensor)
-
-
-def fold(tasks: Sequence[int], max_tasks: int | None, seed: int, step: int) -> dict[int, int]:
-    """{task: row}: a row each in the order of the ids, or, above ``max_tasks``, random groups of equal size.
-
-    The groups are drawn from (seed, step): tasks that meet in one do not meet in all.
-    """
-    ids = sorted(set(tasks))
-    if max_tasks is None or len(ids) <= max_tasks:
-        return {task: row for row, task in enumerate(ids)}
-    order = np.random.default_rng([seed, step, 5]).permutation(len(ids))
-    return {ids[i]: place % max_tasks for place, i in enumerate(order)}
 
 
 def _flat(ids: Sequence[Any]) -> list[int]:

@@ -341,6 +341,7 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
         ("report_to: [wandb, none]", "report_to: 'none' stands beside others"),
         ("deepspeed: nowhere/zero1.json", "deepspeed: cannot read nowhere/zero1.json"),
         ("surgery: {method: pcgard}", "surgery.method: 'pcgard' is not one of .*; the nearest is 'pcgrad'"),
+        ("surgery: {method: gradvaq}", "surgery.method: 'gradvaq' is not .*; the nearest is 'gradvac'"),
         ("surgery: {method: pcgrad, options: {c: 1}}", "surgery.options.c: 'pcgrad' has no such option"),
         ("surgery: {method: sum, scope: heads}", "surgery.scope: 'heads' is not one of all, experts"),
         ("surgery: {method: sum, way: fast}", "surgery.way: 'fast' is not one of auto, fused, separate"),

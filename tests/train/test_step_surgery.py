@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from taskmoe.moe import TaskMoEConfig, attach
 from taskmoe.train import distributed
 from taskmoe.train.choices import generator
-from taskmoe.train.config import Config, SurgeryConfig
+from taskmoe.train.config import Config, ConfigError, SurgeryConfig
 from taskmoe.train.engine import Engine
 from taskmoe.train.micro_batch import learn
 from taskmoe.train.objectives import Counts, count, step_loss
@@ -333,3 +333,10 @@ def test_the_weight_told_is_that_of_every_step():
     assert metrics["train/weight/task-0"] == pytest.approx(kept[0])
     one_step(surgery, 2, rows(0))
     assert surgery.report(3)[0]["train/weight/task-0"] == kept[0]
+
+
+def test_a_method_must_fit_the_tasks():
+    with pytest.raises(ConfigError, match=r"surgery.max_tasks: 3, but there are 4 tasks, and 'gradvac'"):
+        surgery_alone(method="gradvac", max_tasks=3)
+    with pytest.raises(ConfigError, match=r"surgery.options.weights: 3 weights for 4 tasks"):
+        surgery_alone(method="fixed", options={"weights": [1.0] * 3})

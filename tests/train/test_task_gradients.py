@@ -23,7 +23,7 @@ from taskmoe.moe.heads import attach_heads
 from taskmoe.train.choices import generator
 from taskmoe.train.surgery.combine import Surgery
 from taskmoe.train.surgery.direct import DirectSurgery
-from taskmoe.train.task_gradients import TaskGradients, fold
+from taskmoe.train.task_gradients import TaskGradients
 from taskmoe.train.task_scope import find_scope
 
 VOCAB, NAMES = 29, ["sort", "sum", "translate", "copy"]
@@ -339,14 +339,6 @@ def test_tasks_beyond_max_tasks_share_rows():
         TaskGradients(model, max_tasks=2)
 
 
-def test_fold_is_even_and_a_function_of_seed_and_step():
-    assert fold([7, 3, 3], 2, 0, 0) == {3: 0, 7: 1}
-    rows = fold(range(10), 4, 1, 2)
-    assert rows == fold(range(10), 4, 1, 2) != fold(range(10), 4, 1, 3)
-    sizes = [list(rows.values()).count(r) for r in range(4)]
-    assert sorted(sizes) == [2, 2, 3, 3]
-
-
 @pytest.mark.parametrize("variant", ["after, mlp", "before, mlp, heads"])
 def test_halves_of_a_task_are_the_null_of_its_cosines(variant):
     model = build(**VARIANTS[variant])
@@ -379,8 +371,79 @@ def test_a_forward_pass_outside_is_noticed():
         loss.backward()
     with pytest.raises(RuntimeError, match="the forward pass must stand inside"):
         grads.combine()
-    with pytest.raises(RuntimeError, match="has a gradient already"), TaskGradients(model):
+    grads = TaskGradients(model)
+    for _ in range(2):  # noticed, and noticed again
+        with pytest.raises(RuntimeError, match="has a gradient already"), grads:
+            pass
+        assert model.parts is None
+
+
+def test_a_forward_pass_outside_is_noticed_with_the_tasks_given():
+    model = build()
+    loss = losses(model, batch()).sum()
+    with TaskGradients(model, TASKS) as grads:
+        loss.backward()
+    with pytest.raises(RuntimeError, match="the forward pass must stand inside"):
+        grads.combine("sum")
+
+
+def test_a_pass_of_its_own_for_each_task_is_refused_where_one_is_split():
+    model = build(**MLP)
+    grads = TaskGradients(model)
+    with grads:
+        rows = losses(model, batch())
+        with pytest.raises(RuntimeError, match=r"way is fused.*give way='separate'"):
+            grads.backward({"sort": rows[[1, 3]].sum()})
+        with pytest.raises(RuntimeError, match=r"way is fused.*give way='separate'"):
+            grads.harvest(0)
+
+
+@pytest.mark.parametrize("given", [None, TASKS])
+def test_after_an_error_a_step_starts_anew(given):
+    model = build(**MLP)
+    expected = by_definition(model, [batch()])
+    grads = TaskGradients(model, given)
+    with pytest.raises(KeyError), grads:
+        losses(model, batch(seed=5)).sum().backward()
+        raise KeyError
+    model.zero_grad()
+    with grads:
+        losses(model, batch(seed=6)).sum().backward()
+    with pytest.raises(ConfigError, match="'pcgard' is not one of"):
+        grads.combine("pcgard")
+    with pytest.raises(RuntimeError, match="has a gradient already"), grads:
         pass
+    model.zero_grad()
+    with grads:
+        losses(model, batch()).sum().backward()
+    grads.combine("pcgrad", step=0)
+    assert distance(found(model), expected) <= 1e-12
+
+
+def test_a_method_chosen_by_name_keeps_its_state():
+    model, built = build(**MLP), DirectSurgery("gradvac", {"beta": 0.5})
+    grads = TaskGradients(model)
+
+    def both(step: int) -> list[dict[str, Tensor]]:
+        made = []
+        for how in ({"method": "gradvac", "beta": 0.5}, {"method": built}):
+            model.zero_grad()
+            with grads:
+                losses(model, batch(seed=step)).sum().backward()
+            grads.combine(step=step, **how)
+            made.append(found(model))
+        return made
+
+    for step in range(3):
+        assert distance(*both(step)) <= 1e-12
+
+
+def test_a_method_that_goes_by_task_gets_no_shared_rows():
+    model = build(**MLP)
+    with TaskGradients(model, TASKS, max_tasks=2) as grads:
+        losses(model, batch()).sum().backward()
+    with pytest.raises(ConfigError, match=r"surgery.max_tasks: 2, but 'gradvac' needs .*; set it to 3"):
+        grads.combine("gradvac")
 
 
 def test_a_bank_that_keeps_no_parts_is_noticed():
