@@ -89,7 +89,10 @@ def whole(key: str, value: Any, low: int) -> int:
 def check_same_run(section: str, state: Mapping[str, Any], name: str, seed: int) -> None:
     """Raises ConfigError if a state was saved under another method or another seed."""
     for setting, found, own in (("method", state["name"], name), ("seed", state["seed"], seed)):
-        if found != own:
-            raise ConfigError(
-                f"{section}.{setting}: the checkpoint has {found!r}, this run {own!r}; resume with the same"
-            )
+        check_same(f"{section}.{setting}", found, own)
+
+
+def check_same(key: str, found: Any, own: Any) -> None:
+    """Raises ConfigError if a checkpoint's setting is not this run's."""
+    if found != own:
+        raise ConfigError(f"{key}: the checkpoint has {found!r}, this run {own!r}; resume with the same")

@@ -215,8 +215,9 @@ class Run:
         if rng is not None:
             checkpoint.set_rng_state(rng)
         elif self.resumed is not None:
-            if self.step > phase.start and not self.added:
-                self.engine.load(self.resumed / "deepspeed")
+            if self.step > phase.start:
+                if not self.added:
+                    self.engine.load(self.resumed / "deepspeed")
                 if self.engine.surgery is not None:
                     self.engine.surgery.load(self.resumed)
             checkpoint.load_rng(self.resumed, self.ranks)
@@ -261,12 +262,14 @@ class Run:
         metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
         self._logged_at = now
         metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
-        if self.engine.surgery is not None:
-            more, lines = self.engine.surgery.report(self.step)
+        surgery = self.engine.surgery
+        if surgery is not None:
+            more, lines = surgery.report(self.step)
             metrics.update(more)
             for line in lines:
                 self.tracker.line(line)
-        metrics.update(self.balancing.report(self.batches.sampler.rates, self.meter, metrics))
+        rates_T, weighed = self.batches.sampler.rates, surgery is None or surgery.weighs
+        metrics.update(self.balancing.report(rates_T, self.meter, metrics, weighed=weighed))
         if norm is not None:
             metrics["train/grad_norm"] = norm
         self.tracker.log_train(self.step, metrics)

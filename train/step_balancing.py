@@ -140,7 +140,12 @@ class StepBalancing:
         return lines
 
     def report(
-        self, rates: Sequence[float], meter: Meter, combined: Mapping[str, Any] | None = None
+        self,
+        rates: Sequence[float],
+        meter: Meter,
+        combined: Mapping[str, Any] | None = None,
+        *,
+        weighed: bool = True,
     ) -> dict[str, float]:
         """``weight/<slug>`` of each task: rate x weight x combination; weights are means since the last call.
 
@@ -148,6 +153,7 @@ class StepBalancing:
             rates: [T], shares of the tasks in the sequences drawn.
             meter: what has been seen, for the targets of a sequence.
             combined: metrics of surgery, of which ``train/weight/<slug>`` are used.
+            weighed: False where surgery combines without a weight for each task: there is nothing to tell.
         """
         weights_T = self._weights_T / self._steps if self._steps else self.given_T
         tokens_T, samples_T = meter.all_tokens_T, meter.all_samples_T
@@ -164,6 +170,8 @@ class StepBalancing:
         )
         self._weights_T.zero_()
         self._steps = 0
+        if not weighed:
+            return {}
         return {f"weight/{t.slug}": float(w) for t, w in zip(self.tasks, effective_T, strict=True)}
 
     # -- saving and resuming ---------------------------------------------------------------------------------

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.moe import TaskMoEModel
+from taskmoe.train.choices import check_same
 from taskmoe.train.config import ConfigError, SurgeryConfig
 from taskmoe.train.distributed import Ranks, all_max
 from taskmoe.train.objectives import Counts
 from taskmoe.train.surgery.choose import choose
+from taskmoe.train.surgery.combine import Surgery
 from taskmoe.train.surgery.direct import DirectSurgery
 from taskmoe.train.surgery.rows import check_tasks, fold
 from taskmoe.train.surgery_log import Seen
@@ -96,14 +98,14 @@ class StepSurgery:
         usable = all(w is not None for w in known)
         if usable and self.way != "fused":
             usable = all(abs(w) >= SMALLEST_WEIGHT for w in known if w is not None)
-        self._reuse = bool(self._kept) and fresh and usable
+        self._reuse = bool(self._kept and present) and fresh and usable
         # Kept weights are each task's own: rows that tasks share now are not those that they shared then.
         most = None if self._reuse else self.config.max_tasks
         rows = fold(present, most, self.seed, step)
         self.seen.folded = self.seen.folded or len(rows) > len(set(rows.values()))
         fused, every = self.way == "fused", self.config.matrix_steps
         self._due = self._due or (every is not None and (step + 1) % every == 0)
-        halves = self._due and fused and not self._reuse
+        halves = self._due and fused and not self._reuse and bool(present)
         self._due = self._due and not halves
         self.gradients.begin(rows, self._kept if self._reuse and fused else None, halves)
         here = [(part.tokens_T > 0).nonzero().squeeze(1).tolist() for part in parts]
@@ -120,7 +122,12 @@ class StepSurgery:
     @property
     def one_pass(self) -> bool:
         """Whether one backward pass a micro-batch will do."""
-        return self.way == "fused" or self._reuse
+        return self.way == "fused" or self._reuse or not self.present
+
+    @property
+    def weighs(self) -> bool:
+        """Whether each task has a weight; some methods combine entry by entry, or layer by layer."""
+        return isinstance(self.method, Surgery)
 
     def loss_weights(self, weights_T: Tensor) -> Tensor:
         """The losses' weights [T] in this step."""
@@ -131,6 +138,8 @@ class StepSurgery:
 
     def finish(self) -> None:
         """After the last backward pass, before the engine reduces: hand the combination in."""
+        if not self.present:
+            return  # nothing to combine: the zeros of one plain pass stay
         if not self._reuse:
             combination = self.gradients.combine(self.method, self.step)
             self.seen.add(combination)
@@ -172,7 +181,7 @@ class StepSurgery:
         """Go on from a checkpoint; one without the file was written without surgery.
 
         Raises:
-            ConfigError: of another method or seed.
+            ConfigError: of another method, seed, scope or other options.
         """
         if (folder / STATE).is_file():
             self.load_state_dict(torch.load(folder / STATE, weights_only=True))
@@ -181,6 +190,8 @@ class StepSurgery:
         """Plain values and tensors, equal on all ranks."""
         return {
             "method": self.method.state_dict(),
+            "scope": self.config.scope,
+            "options": self.method.options,
             "kept": {g: {str(t): w for t, w in kept.items()} for g, kept in self._kept.items()},
             "kept_at": self._kept_at,
             "reported": self._reported,
@@ -192,13 +203,24 @@ class StepSurgery:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ConfigError: of another method or seed.
+            ConfigError: of another method, seed, scope or other options.
         """
+        check_same("surgery.scope", state.get("scope", self.config.scope), self.config.scope)
+        own = self.method.options
+        check_same("surgery.options", _grown(state.get("options", own), own), own)
         self.method.load_state_dict(state["method"])
         self._kept = {g: {int(t): w for t, w in kept.items()} for g, kept in state["kept"].items()}
         self._kept_at, self._reported = int(state["kept_at"]), int(state["reported"])
         self._due = bool(state["due"])
         self.seen.load_state_dict(state["seen"])
+
+
+def _grown(options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the weights that this run has for tasks appended since."""
+    if "weights" not in options or "weights" not in own:
+        return dict(options)
+    weights = list(options["weights"])
+    return {**options, "weights": [*weights, *own["weights"][len(weights) :]]}
 
 
 def surgery_line(config: SurgeryConfig, surgery: StepSurgery | None) -> str | None:

@@ -64,7 +64,7 @@ class TaskGradients:
         max_tasks: above so many ``task_ids``, tasks share rows (:func:`~taskmoe.train.surgery.rows.fold`).
         seed: of random choices: groups of tasks, a method's order.
         ranks: where the passes of other ranks belong to the same step; rows are then set by :meth:`begin`,
-            equal on all ranks, and every method is a collective.
+            equal on all ranks, tasks without a row have no target, and every method is a collective.
         gathered: makes partitioned parameters whole inside (ZeRO-3).
 
     Raises:
@@ -94,12 +94,13 @@ class TaskGradients:
             raise RuntimeError("several ranks run: give ranks, or each combines what it sees alone")
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self.scope.shared.items()}
         place = (0, 1) if ranks is None else (ranks.rank, ranks.world_size)
-        self.matrix = TaskMatrix(shapes, *place, eager=self.way == "fused")
+        self.matrix = TaskMatrix(shapes, *place, eager=self.way == "fused", like=self.scope.shared)
         self._names = {id(p): n for n, p in self.scope.shared.items()}
         self._group = {n: g for g, names in self.scope.groups.items() for n in names}
         whole = gathered or (lambda _: nullcontext())
         self._routers = RouterGradients(model, self.scope.routers, self._sum, whole)
-        self._open, self._combines = False, 0
+        self._in_engine = ranks is not None
+        self._combines = 0
         self._methods: dict[str, Surgery | DirectSurgery] = {}  # chosen by name: their state lives on
         ids = None if task_ids is None else _flat(read_task_ids(task_ids, model.tasks))
         if max_tasks is not None and ids is None:
@@ -114,7 +115,7 @@ class TaskGradients:
         With ``weights`` nothing is collected: the one backward pass combines with them as it goes (fused).
         With ``halves`` each task is collected in two (fused, with rows): :attr:`Combination.same_task`.
         """
-        self.halves = 0 if halves else None
+        self._open, self.halves = False, 0 if halves else None
         self._fixed, self._weights = rows is not None, weights
         self.rows: dict[int, int] = dict(rows or {})
         self.matrix.clear(len(set(self.rows.values())) * (2 if halves else 1))
@@ -136,7 +137,6 @@ class TaskGradients:
             self._start_anew()
 
     def _start_anew(self) -> None:
-        self._open = False
         self.begin(self.rows if self._fixed else None)
 
     def wants(self, parameter: nn.Parameter) -> bool:
@@ -153,6 +153,8 @@ class TaskGradients:
             weights = torch.tensor([kept.get(t, 1.0) for t in tasks], dtype=parts.dtype, device=parts.device)
             return parts * weights.view(-1, *[1] * (parts.dim() - 1))
         known = [i for i, t in enumerate(tasks) if self._row(t) is not None]
+        if not self.matrix.num_rows:
+            return None
         second = self.matrix.num_rows // 2  # the first row of second halves
         rows = [self.rows[tasks[i]] + halves[i] * second for i in known]
         self.matrix.add(name, rows, parts if len(known) == len(tasks) else parts[known])
@@ -204,7 +206,7 @@ class TaskGradients:
 
     def _row(self, task: int) -> int | None:
         if task not in self.rows:
-            if self.matrix.world_size > 1:
+            if self._in_engine:
                 return None  # no target of this task in the whole step: its gradient is zero
             if self._fixed:
                 name = self.model.tasks.names[task]
@@ -289,7 +291,7 @@ class TaskGradients:
                 w_R = torch.tensor([kept.get(t, 1.0) for t in order], dtype=torch.float64)
                 names = [n for n in self.scope.groups[group] if n in self.scope.routers]
                 hand_in(self.matrix, self.scope, {n: self.matrix.weighted(n, w_R) for n in names})
-        self.begin(self.rows if self._fixed else None)
+        self._start_anew()
 
     def row_tasks(self) -> list[list[int]]:
         """The task ids of each row."""

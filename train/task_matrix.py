@@ -24,14 +24,22 @@ class TaskMatrix:
 
     Args:
         shapes: of the whole parameters, in an order that all ranks share.
+        like: {name: a tensor of the dtype and on the device of its parameter}, for those that this rank has
+            nothing of; default: fp32 on the CPU.
     """
 
     def __init__(
-        self, shapes: Mapping[str, Sequence[int]], rank: int = 0, world_size: int = 1, eager: bool = True
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        rank: int = 0,
+        world_size: int = 1,
+        eager: bool = True,
+        like: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.rank, self.world_size = rank, world_size
         self.eager = eager and world_size > 1
+        self._like = like or {}
         self.num_rows = 0
         self._sums: dict[str, Tensor] = {}
         self._reduced = False
@@ -46,7 +54,7 @@ class TaskMatrix:
 
     def add(self, name: str, rows: Sequence[int], parts: Tensor) -> None:
         """Add this rank's ``parts`` [G, *shape] to these rows. The tensor may be kept: do not change it."""
-        flat_Gn = _accumulated(parts).reshape(len(rows), -1)
+        flat_Gn = _accumulated(parts).reshape(len(rows), self.shapes[name].numel())
         if self.eager:
             self._add(name, range(self.num_rows), self._scattered(self._spread(rows, flat_Gn)))
         else:
@@ -63,7 +71,7 @@ class TaskMatrix:
         self.num_rows //= 2
 
     def reduce(self) -> None:
-        """Sum over the ranks what is not yet summed; a collective."""
+        """Sum over the ranks what is not yet summed; a collective, whatever this rank holds."""
         if self._reduced:
             return
         self._reduced = True
@@ -71,9 +79,10 @@ class TaskMatrix:
             return
         for name in self.shapes:
             rows_Rn = self._sums.pop(name, None)
-            if rows_Rn is not None:
-                rows_Rn = self._spread(range(len(rows_Rn)), rows_Rn)
-                self._sums[name] = self._scattered(rows_Rn)
+            if rows_Rn is None:
+                like = _accumulated(self._like.get(name, torch.empty(0)).new_empty(0))
+                rows_Rn = like.new_zeros(self.num_rows, self.shapes[name].numel())
+            self._sums[name] = self._scattered(self._spread(range(len(rows_Rn)), rows_Rn))
 
     def block(self, name: str) -> Tensor | None:
         """[R, s], this rank's columns of a parameter; None: all zeros."""

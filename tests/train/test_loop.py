@@ -24,6 +24,7 @@ from taskmoe.train.config import (
 )
 from taskmoe.train.data.errors import DataError
 from taskmoe.train.loop import train
+from taskmoe.train.step_surgery import StepSurgery
 from taskmoe.train.track.log import read_log
 
 GYM = SkillGymConfig(
@@ -271,8 +272,16 @@ def test_a_loss_that_is_not_a_number_names_its_task(tmp_path, monkeypatch):
         train(replace(BASE, output_dir=str(tmp_path / "run"), logging_steps=1, max_steps=2))
 
 
-def test_a_run_goes_on_with_more_tasks(tmp_path):
+@pytest.mark.parametrize("surgery", [SurgeryConfig(), SurgeryConfig("gradvac")], ids=["plain", "surgery"])
+def test_a_run_goes_on_with_more_tasks(tmp_path, monkeypatch, surgery):
     """Rows of files, one folder a task: a task is added between checkpoint and resume."""
+    load, loaded = StepSurgery.load_state_dict, []
+
+    def noted(self, state):
+        loaded.append(state["method"]["method"]["phi"].shape[1])
+        load(self, state)
+
+    monkeypatch.setattr(StepSurgery, "load_state_dict", noted)
     root = tmp_path / "data"
 
     def write(task, answer):
@@ -287,6 +296,7 @@ def test_a_run_goes_on_with_more_tasks(tmp_path):
     config = replace(
         BASE, data=data, output_dir=str(tmp_path / "run"), max_steps=4, moe=TaskMoEConfig(r=1, num_experts=2)
     )
+    config = replace(config, surgery=surgery)
     config = replace(config, phases=(PhaseConfig(train=("base", "experts", "router")),), save_steps=2)
     assert train(config) == 0
     write("citrus", "yes")  # behind the others in the order of folders
@@ -295,6 +305,8 @@ def test_a_run_goes_on_with_more_tasks(tmp_path):
     assert after["routing.router.logits_STHE"].shape[1] == 3
     logged = read_log(tmp_path / "run" / "trainer_log.jsonl")
     assert any("train/epochs/citrus" in line for line in logged)
+    assert loaded == ([2] if surgery.method else [])  # the state of the two tasks there were
+    assert any("weight/citrus" in line for line in logged) == (surgery.method is None)
     (root / "aaa").mkdir()
     with pytest.raises((TaskError, DataError)):  # a folder that would come first, and is empty
         train(replace(config, max_steps=8, resume_from_checkpoint="true"))

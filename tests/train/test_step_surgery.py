@@ -292,6 +292,11 @@ def surgery_alone(**settings: Any) -> StepSurgery:
     return built
 
 
+def without_targets(whole: dict[str, torch.Tensor], tasks: list[int]) -> dict[str, torch.Tensor]:
+    gone = torch.isin(whole["task_ids"], torch.tensor(tasks))
+    return {**whole, "labels": whole["labels"].masked_fill(gone[:, None], -100)}
+
+
 def one_step(surgery: StepSurgery, step: int, whole: dict[str, torch.Tensor] | None = None) -> dict:
     """{name: gradient}; the weights do not move."""
     whole = rows(step) if whole is None else whole
@@ -340,3 +345,43 @@ def test_a_method_must_fit_the_tasks():
         surgery_alone(method="gradvac", max_tasks=3)
     with pytest.raises(ConfigError, match=r"surgery.options.weights: 3 weights for 4 tasks"):
         surgery_alone(method="fixed", options={"weights": [1.0] * 3})
+
+
+@pytest.mark.parametrize("way", ["fused", "separate", "slices"])
+def test_a_step_without_a_target_moves_nothing(way):
+    surgery = surgery_alone(method="random", way=way, refresh_every=2, matrix_steps=1)
+    for step in range(2):
+        found = one_step(surgery, step, without_targets(rows(0), list(range(TASKS))))
+        assert all(g.isfinite().all() and not g.any() for g in found.values())
+        assert surgery.one_pass and not surgery._kept
+    if way == "fused":
+        assert any(g.any() for g in one_step(surgery, 2, rows(0)).values())
+        assert set(surgery._kept["all"]) == set(range(TASKS))
+
+
+def test_a_task_without_a_target_has_no_row():
+    surgery = surgery_alone(method="pcgrad")
+    whole = rows(0)
+    found = one_step(surgery, 0, without_targets(whole, [3]))
+    kept = whole["task_ids"] != 3
+    again = one_step(surgery_alone(method="pcgrad"), 0, {n: v[kept] for n, v in whole.items()})
+    assert worst(found, again) <= 1e-6
+
+
+def test_surgery_goes_on_with_the_same_settings_alone():
+    state = surgery_alone(method="pcgrad").state_dict()
+    surgery_alone(method="pcgrad", options={}).load_state_dict(state)
+    for changed, message in (
+        ({"scope": "experts"}, r"surgery.scope: the checkpoint has 'all', this run 'experts'"),
+        ({"options": {"reduction": "mean"}}, r"surgery.options: the checkpoint has {}, this run {'reduction"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            surgery_alone(method="pcgrad", **changed).load_state_dict(state)
+
+
+def test_weights_of_tasks_appended_since_may_be_given():
+    now = surgery_alone(method="fixed", options={"weights": [1.0, 2.0, 3.0, 4.0]})
+    state = now.state_dict()
+    now.load_state_dict({**state, "options": {"weights": [1.0, 2.0, 3.0]}})
+    with pytest.raises(ConfigError, match=r"surgery.options: the checkpoint has .* this run"):
+        now.load_state_dict({**state, "options": {"weights": [1.0, 3.0]}})

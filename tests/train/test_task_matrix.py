@@ -53,6 +53,27 @@ def test_two_ranks_hold_what_one_would(spawn_ranks, eager):
             assert torch.allclose(found["placed"][n], expected, atol=1e-6)
 
 
+def sparse(eager: bool) -> dict:
+    """Rank 0 holds "a" alone, rank 1 "c" alone; eager ranks add together, one of them no row."""
+    rank = torch.distributed.get_rank()
+    matrix = TaskMatrix(SHAPES, rank, 2, eager, like={"b": torch.zeros(4, dtype=torch.bfloat16)})
+    matrix.clear(2)
+    for name, owner in (("a", 0), ("c", 1)):
+        if eager or rank == owner:
+            rows = [1] if rank == owner else []
+            matrix.add(name, rows, torch.ones(len(rows), *SHAPES[name]))
+    matrix.reduce()
+    blocks = {n: matrix.block(n) for n in SHAPES}
+    return {"G": all_sum(matrix.gramian(SHAPES)), "b": None if blocks["b"] is None else blocks["b"].dtype}
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_rank_may_hold_nothing_of_a_parameter(spawn_ranks, eager):
+    for found in spawn_ranks(sparse, eager=eager):
+        assert found["G"].tolist() == [[0, 0], [0, 15 + 8]]
+        assert found["b"] == (None if eager else torch.float32)
+
+
 def test_rows_may_come_one_by_one():
     matrix = TaskMatrix({"a": (2,)})
     one, two = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
