@@ -1,7 +1,7 @@
 """The grouped low-rank product against plain torch: right first, then how fast.
 
     python benchmarks/kernels.py                 # the GPU if there is one, else the CPU's small shapes
-    python benchmarks/kernels.py --device cpu --routing task --out results/kernels_cpu.json
+    python benchmarks/kernels.py --device cpu --routing task --runs 31 --budget 1400
     python benchmarks/kernels.py --check         # right or wrong, no clock
 
 Needs torch and triton alone; peft and scattermoe join where they are installed. Every shape is compared with
