@@ -219,7 +219,9 @@ def difference(spawn_ranks, first, second) -> float:
     return worst(a["weights"], b["weights"])
 
 
-@pytest.mark.parametrize(("stage", "train"), [(1, FROZEN), pytest.param(3, ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("stage", "train"), [(0, ALL), (1, FROZEN), (2, FROZEN), pytest.param(3, ALL, marks=pytest.mark.slow)]
+)
 def test_the_sum_is_plain_training(spawn_ranks, tmp_path, stage, train):
     plain = case(tmp_path, stage, per_device_train_batch_size=4, surgery=SurgeryConfig())
     summed = replace(plain, surgery=SurgeryConfig(method="sum"))

@@ -179,10 +179,10 @@ def test_fused_equals_pcgrad_by_definition(kind, variant, mode):
         assert distance(found(model), expected) <= bound(dtype)
 
 
-@pytest.mark.parametrize(("kind", "mode"), diagonal(KINDS, MODES))
-def test_separate_serves_every_parameter(kind, mode):
+@pytest.mark.parametrize(("kind", "variant", "mode"), diagonal(KINDS, list(VARIANTS), MODES))
+def test_separate_serves_every_parameter(kind, variant, mode):
     for dtype in (torch.float32, torch.float64):
-        model = build(kind, mode, dtype, **MLP)
+        model = build(kind, mode, dtype, **VARIANTS[variant])
         model.set_trainable(("base", "experts", "router", "task_embedding", "heads"))
         expected = by_definition(model, [batch(kind)])
         grads = TaskGradients(model)
@@ -362,6 +362,34 @@ def test_halves_of_a_task_are_the_null_of_its_cosines(variant):
     by_hand = [torch.cosine_similarity(alone(a), alone(b), dim=0) for a, b in (([1], [3]), ([0, 5], [4]))]
     assert torch.allclose(report.same_task[[0, 2]], torch.stack(by_hand), rtol=1e-9)
     assert report.same_task[1].isnan()
+
+
+@pytest.mark.parametrize("variant", ["after, mlp", "before, mlp, heads"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_parts_come_in_one_order_whatever_the_batch(kind, variant, monkeypatch):
+    """Ranks with batches of different size add them up as they come: in another order they would mix."""
+    model = build(kind, **VARIANTS[variant])
+    grads = TaskGradients(model)
+
+    def order(tasks: list[int]) -> list[str]:
+        came = []
+        keep = grads.keep
+        with monkeypatch.context() as patch, grads:
+            patch.setattr(grads, "keep", lambda p, *a: (came.append(grads._names[id(p)]), keep(p, *a))[1])
+            losses(model, batch(kind, tasks)).sum().backward()
+        grads.combine("sum")
+        model.zero_grad()
+        return came
+
+    shared, shrink = [], siblings.shrink
+    monkeypatch.setattr(siblings, "shrink", lambda *a: (shared.append(1), shrink(*a))[1])
+    few, many = [0, 0], [0, 2, 1, 0] * 3
+    together = order(many)
+    assert shared and set(together) == set(grads.scope.banks)
+    shared.clear()
+    monkeypatch.setattr(siblings, "SMALL", 1 << 30)
+    assert order(many) == together and order(few) == together  # on another rank each linear works alone
+    assert not shared
 
 
 def test_a_forward_pass_outside_is_noticed():
