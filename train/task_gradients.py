@@ -223,8 +223,8 @@ class TaskGradients:
         """Combine what was collected into ``p.grad`` of the shared parameters, and forget it.
 
         Args:
-            method: a name of ``surgery.METHODS`` or ``DIRECT`` with its ``options``, or an object that keeps
-                its state from step to step.
+            method: a name of ``surgery.METHODS`` or ``DIRECT`` with its ``options``, or an object. Either way
+                its state lives on from step to step (one for each name and options).
             step: of the optimiser; fixes random choices. Default: the number of calls before this one.
 
         Raises:
@@ -247,7 +247,6 @@ class TaskGradients:
 
     def _combine(self, method: Surgery | DirectSurgery, step: int) -> Combination:
         self._check_collected(bool(self.rows))
-        check_rows(method, self.row_tasks())
         self.matrix.reduce()
         same_task = None
         if self.halves is not None:
@@ -255,8 +254,10 @@ class TaskGradients:
             self.matrix.merge_halves()
         self._route()
         rows = self.row_tasks()
+        check_rows(method, rows)
         gramians = group_gramians(self.matrix, self.scope, self._sum)
-        if self.way == "fused" and not any(G_RR.any() for G_RR in gramians.values()):
+        # An engine's passes are all inside; there the ranks' gradients may also cancel.
+        if self.way == "fused" and not self._in_engine and not any(G.any() for G in gramians.values()):
             self._check_collected(not self._with_gradient())
         firsts = [tasks[0] for tasks in rows]
         weights: dict[str, Tensor] | None = None
