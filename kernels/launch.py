@@ -68,7 +68,7 @@ def shrink(wide_MD: Tensor, bank_ErD: Tensor, slots: Tensor | None, rows: Rows, 
     BR = configs.rank_bucket(R)
     if len(rows.tiles) and R:
         with _on(wide_MD):
-            low_rank_triton.shrink[(len(rows.tiles) * triton.cdiv(R, BR),)](
+            low_rank_triton.shrink[(len(rows.tiles), triton.cdiv(R, BR))](
                 wide_MD, bank_ErD, slots, rows.tiles, rows.pairs, out, wide_MD.stride(0), D,
                 r=r, R=R, SLOTS=slots is not None, PAIRS=rows.pairs is not None, PER=rows.per, BM=rows.size,
                 BR=BR, BD=at.width, ACC=ACCUMULATORS[acc], PRECISION=_precision(wide_MD),
@@ -103,7 +103,7 @@ def expand(
     at = _launch("expand", like, R, D)
     if len(rows.tiles):
         with _on(like):
-            low_rank_triton.expand[(len(rows.tiles) * triton.cdiv(D, at.width),)](
+            low_rank_triton.expand[(len(rows.tiles), triton.cdiv(D, at.width))](
                 rank_MR, gates.contiguous(), bank_ErD, slots, rows.tiles, rows.pairs, y_MD, out,
                 rank_MR.stride(0), y_MD.stride(0), D, SCALE=scale, r=r, R=R, SLOTS=slots is not None,
                 PAIRS=rows.pairs is not None, PER=rows.per, ROW_GATES=rows.row_gates, ADD=add, BM=rows.size,
@@ -135,7 +135,7 @@ def weight_gradient(
     BR = configs.rank_bucket(R)
     if len(rows.chunks):
         with _on(wide_MD):
-            low_rank_triton.wgrad[(len(rows.chunks) * triton.cdiv(D, at.width) * triton.cdiv(R, BR),)](
+            low_rank_triton.wgrad[(len(rows.chunks), triton.cdiv(D, at.width), triton.cdiv(R, BR))](
                 rank_MR, gates.contiguous(), wide_MD, rows.chunks, rows.pairs, part, rank_MR.stride(0),
                 wide_MD.stride(0), D, SCALE=scale, r=r, R=R, PAIRS=rows.pairs is not None, PER=rows.per,
                 ROW_GATES=rows.row_gates, BM=at.rows, BR=BR, BD=at.width, ACC=ACCUMULATORS[acc],

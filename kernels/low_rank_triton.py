@@ -26,8 +26,6 @@ What all of them share:
   two >= 16 (the least that a tensor core takes), the surplus masked.
 - *Numbers.* Products are summed in `ACC` (fp32; fp64 for fp64). Gates and scale act on the rank tensor,
   before it is rounded to the wide tensor's type for the product. Row numbers are int64: M * D passes 2^31.
-- *Order.* One axis of programs, the tiles of one stretch of rows side by side: what they read together, they
-  read from the L2 cache.
 - A matrix that is needed transposed is loaded transposed, through its pointers: the transpose of a product's
   result is miscompiled for Hopper by Triton 3.4 to 3.7.0.
 
@@ -88,16 +86,14 @@ def shrink(
     Test: interpreted.py, every op: the output and dx, dA come from it; slots against repeated and unused
         experts.
     """
-    column_tiles: tl.constexpr = (R + BR - 1) // BR
-    tile = tl.program_id(0) // column_tiles
+    tile = tl.program_id(0)
     group = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     end = tl.load(tiles_ptr + 3 * tile + 2)
     if first >= end:
         return
     rank_row, wide_row, row_mask = _rows(first, end, pairs_ptr, BM, PAIRS, PER)
-    c0 = tl.program_id(0) % column_tiles * BR
-    column, column_mask, _, bank_row = _columns(c0, group, slots_ptr, r, R, BR, SLOTS)
+    column, column_mask, _, bank_row = _columns(tl.program_id(1) * BR, group, slots_ptr, r, R, BR, SLOTS)
     sums = tl.zeros((BM, BR), dtype=ACC)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -138,18 +134,17 @@ def expand(
 
     Test: interpreted.py, every op, with and without y; row by row gates in `gated`, pairs in `grouped`.
     """
-    blocks = tl.cdiv(D, BD)
-    tile = tl.program_id(0) // blocks
+    tile = tl.program_id(0)
     group = tl.load(tiles_ptr + 3 * tile)
     first = tl.load(tiles_ptr + 3 * tile + 1)
     end = tl.load(tiles_ptr + 3 * tile + 2)
     if first >= end:
         return
     rank_row, wide_row, row_mask = _rows(first, end, pairs_ptr, BM, PAIRS, PER)
-    d = tl.program_id(0) % blocks * BD + tl.arange(0, BD)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
     d_mask = d < D
     sums = tl.zeros((BM, BD), dtype=ACC)
-    for c0 in range(0, R, BR):
+    for c0 in tl.static_range(0, R, BR):
         column, column_mask, slot, bank_row = _columns(c0, group, slots_ptr, r, R, BR, SLOTS)
         mask = row_mask[:, None] & column_mask[None, :]
         rank = tl.load(rank_ptr + rank_row[:, None] * rank_stride + column[None, :], mask=mask, other=0.0)
@@ -188,17 +183,15 @@ def wgrad(
 
     Test: interpreted.py, the gradients of A and B of every op; several chunks a task in the segments `long`.
     """
-    column_tiles: tl.constexpr = (R + BR - 1) // BR
-    blocks = tl.cdiv(D, BD)
-    chunk = tl.program_id(0) // (blocks * column_tiles)
+    chunk = tl.program_id(0)
     group = tl.load(chunks_ptr + 3 * chunk)
     first = tl.load(chunks_ptr + 3 * chunk + 1)
     end = tl.load(chunks_ptr + 3 * chunk + 2)
     if first >= end:
         return
-    d = tl.program_id(0) // column_tiles % blocks * BD + tl.arange(0, BD)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
     d_mask = d < D
-    column = tl.program_id(0) % column_tiles * BR + tl.arange(0, BR)
+    column = tl.program_id(2) * BR + tl.arange(0, BR)
     column_mask = column < R
     slot = column // r
     sums = tl.zeros((BR, BD), dtype=ACC)

@@ -95,7 +95,7 @@ def variants() -> Iterator[Case]:
     for arch in configs.ARCHITECTURES:
         for kernel in configs.KERNELS:
             for dtype, bits in (("bf16", 16), ("fp32", 32)):
-                shapes = [(9, 3), (32, 8), (64, 16), (128, 64), (192, 64), (1024, 64)]
+                shapes = [(9, 3), (32, 8), (64, 16), (128, 64), (192, 64)]
                 for R, r, on in [(16, 4, on) for on in settings] + [(R, r, SWITCHES) for R, r in shapes]:
                     key = configs.key(kernel, R, WIDE, bits)
                     launch = configs.TABLE.get((arch, key), configs.default(key))
