@@ -17,25 +17,34 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TaskMoEConfig:
-    """Settings of one mixture of low-rank experts (see ``docs/METHODS.md`` for the methods they give).
+    """Settings of one mixture of experts: a method of ``docs/METHODS.md`` is a choice on each of five seams.
 
-    The attached layer computes ``y = W0 x + (lora_alpha / r) * sum_e g_e(task) * B_e A_e x``.
+    The seams: ``representation``, ``router``, ``gate``, ``bank`` and ``regularisers``. Each choice names the
+    keys that it reads (``uses``); what is its own stands in the seam's ``*_options``. With the default bank
+    the attached layer computes ``y = W0 x + (lora_alpha / r) * sum_e g_e(task) * B_e A_e x``.
     """
 
     r: int = 4  # rank of one expert; rank-1 experts are r = 1
     num_experts: int = 8
     lora_alpha: float | None = None  # None: r, so that the scale is 1
     lora_dropout: float = 0.0
+    bank: str = "low_rank"  # what the experts are
+    bank_options: dict | None = None  # of the bank, for example {of: ffn}
     compose: str = "after"  # after: gate the experts' outputs; before: average their parameters (Poly)
     num_heads: int = 1  # > 1: one routing row per block of the features (MHR); needs compose: before
+    representation: str = "learned"  # what a router that takes one knows of a task
+    representation_options: dict | None = None
     router: str = "task_table"
+    router_options: dict | None = None
     router_scope: str = "linear"  # linear | layer | stack | model: which layers share one routing
     router_init_std: float = 1e-3
-    task_embedding_dim: int = 64  # router: task_mlp
-    router_hidden_dim: int = 64  # router: task_mlp
+    task_embedding_dim: int = 64  # representation: learned
+    router_hidden_dim: int = 64  # routers with a hidden layer
     gate: str = "softmax"
+    gate_options: dict | None = None
     top_k: int | None = None  # gate: top_k
     router_temperature: float = 1.0
+    regularisers: dict | None = None  # {name: weight, or its options, for example {z_loss: 0.001}}
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None

@@ -45,6 +45,19 @@ class Gate:
     split: Split | None = None
 
 
+@dataclass(frozen=True)
+class TokenGate:
+    """How the experts of one layer combine for each of its rows.
+
+    values: [M, k] float. slots: [M, k] int64, the expert behind each gate; None: k = E. split: as in
+    :class:`Gate`.
+    """
+
+    values: Tensor
+    slots: Tensor | None = None
+    split: Split | None = None
+
+
 class Context:
     """Tasks, plans and gates of one forward pass.
 
@@ -76,6 +89,10 @@ class Context:
         self.enabled = enabled
         self.bridge: GateBridge | None = None
         self.checkpointing = False
+        self.split: Split | None = None  # for what routes tokens inside the layers
+        self.temperature = 1.0
+        self.uniform = False  # the control: every expert alike
+        self.instances: Tensor | None = None  # [B, D], an embedding of each sequence
         self.shared: dict[int, Any] = {}  # between sibling linears, see moe/siblings.py
         self._plans: dict[int, Plan] = {}
 
@@ -88,6 +105,12 @@ class Context:
         if self.enabled and self.checkpointing and not x.requires_grad:
             return x.detach().requires_grad_()  # reentrant checkpointing needs an input that requires grad
         return x
+
+    def factors(self, *parameters: torch.nn.Parameter) -> tuple[Tensor, ...]:
+        """Parameters with the task axis that an op takes, [G, *shape]: G = 1, or one a task for ``split``."""
+        if self.split is None:
+            return tuple(p.unsqueeze(0) for p in parameters)
+        return self.split(*parameters)
 
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).
@@ -228,6 +251,13 @@ class GateBridge:
         )
         self.calls += 1
         return out
+
+    def before(self, values: Tensor) -> Tensor:
+        """``values`` of a leaf, for what joins the embeddings (a prompt) instead of coming from them.
+
+        After the first call: this bridge then takes its gradients after that part of the graph has run, too.
+        """
+        return values + self._carrier
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients on the leaves (zeros where a group was not used), which are cleared."""

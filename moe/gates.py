@@ -1,54 +1,84 @@
 """Gates: logits of a router -> how much of each expert. Pure functions, one a method.
 
-Legend: E experts, k slots. Each takes ``logits`` [..., E] float and returns ``(values [..., k], slots)``;
-``slots`` ([..., k] int64) names the expert behind each value, or is None where k = E and value j belongs to
-expert j.
+Legend: E experts, k slots. Each function takes ``(logits [..., E], temperature, top_k, noise, options)`` and
+returns ``(values [..., k], slots)``; ``slots`` ([..., k] int64) names the expert behind each value, or is
+None where k = E and value j belongs to expert j. ``noise``: uniform draws from (0, 1) in the shape of the
+logits for a method that is ``noisy``, while it trains; None: none, as in evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-GateFunction = Callable[[Tensor, float, int | None], tuple[Tensor, Tensor | None]]
+Gated = tuple[Tensor, Tensor | None]
 
 
-def softmax(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, None]:
+@dataclass(frozen=True)
+class GateMethod:
+    """One way to gate.
+
+    uses: the settings it reads. noisy: whether it takes noise in training. Options: a dataclass of settings
+    of its own.
+    """
+
+    function: Callable[..., Gated]
+    uses: tuple[str, ...] = ("router_temperature",)
+    noisy: bool = False
+    Options: type | None = None
+
+    def __call__(
+        self,
+        logits: Tensor,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        noise: Tensor | None = None,
+        options: Any = None,
+    ) -> Gated:
+        """logits [..., E] float -> (values [..., k], slots [..., k] int64 or None)."""
+        if options is None and self.Options is not None:
+            options = self.Options()
+        return self.function(logits, temperature, top_k, noise, options)
+
+
+def softmax(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """softmax(logits / temperature): every expert, summing to one."""
     return torch.softmax(logits / temperature, dim=-1), None
 
 
-def sigmoid(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, None]:
+def sigmoid(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """sigmoid(logits / temperature), normalised to sum to one (Poly, Ponti et al. 2022, no noise)."""
     values = torch.sigmoid(logits / temperature)
     return values / (values.sum(dim=-1, keepdim=True) + 1e-12), None
 
 
-def top_k(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+def top_k(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """softmax over the ``top_k`` largest logits, nothing for the rest (Shazeer et al. 2017, no noise)."""
     assert top_k is not None
     largest, slots = torch.topk(logits, top_k, dim=-1)
     return torch.softmax(largest / temperature, dim=-1), slots
 
 
-def one_hot(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, None]:
+def one_hot(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """One on the largest logit, with the gradient of the softmax (straight-through, Bengio et al. 2013)."""
     soft = torch.softmax(logits / temperature, dim=-1)
     hard = torch.zeros_like(soft).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach()), None
 
 
-def uniform(logits: Tensor, temperature: float, top_k: int | None) -> tuple[Tensor, None]:
+def uniform(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """1 / E for every expert: the average-routing control."""
     return torch.full_like(logits, 1.0 / logits.shape[-1]), None
 
 
-GATES: dict[str, GateFunction] = {
-    "softmax": softmax,
-    "sigmoid": sigmoid,
-    "top_k": top_k,
-    "one_hot": one_hot,
-    "uniform": uniform,
+GATES: dict[str, GateMethod] = {
+    "softmax": GateMethod(softmax),
+    "sigmoid": GateMethod(sigmoid),
+    "top_k": GateMethod(top_k, uses=("router_temperature", "top_k")),
+    "one_hot": GateMethod(one_hot),
+    "uniform": GateMethod(uniform, uses=()),
 }

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taskmoe.kernels.low_rank import add_linear_
-from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.context import current
 from taskmoe.moe.siblings import Siblings
 
@@ -28,9 +27,14 @@ class MoELinear(nn.Module):
     # that saves passes over memory. It differs from the sum in the last bit, so that the CPU does not.
     experts_first: bool | None = None
 
-    def __init__(self, base: nn.Module, bank: LowRankBank, name: str, group: int) -> None:
+    def __init__(
+        self, base: nn.Module, bank: Any, name: str, group: int, token_routing: nn.Module | None = None
+    ) -> None:
+        """bank: called with ``(x_MK, y_MN, gate, plan, weight_NK)``; token_routing: gives the gates of each
+        row, where the tasks' gates of routing group ``group`` do not hold."""
         super().__init__()
         self.base, self.bank, self.name, self.group = base, bank, name, group
+        self.token_routing = token_routing
         self.siblings: Siblings | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -43,18 +47,23 @@ class MoELinear(nn.Module):
         mine = None
         if self.siblings is not None:
             mine = self.siblings.rank_rows(self.name, x, x_MK, context, plan)
+        gate: Any
+        if self.token_routing is not None:
+            gate = self.token_routing(x_MK, context, plan)
+        else:
+            gate = context.gates[self.group]
         if self._experts_first(x) and not args and not kwargs:
             weight_NK, bias = self.weight, self.bias
             y_MN = None if bias is None else bias.expand(plan.rows, -1)
             if mine is None:
-                out = self.bank(x_MK, y_MN, context.gates[self.group], plan, weight_NK)
+                out = self.bank(x_MK, y_MN, gate, plan, weight_NK)
             else:
                 out = add_linear_(self.bank.expand(mine[0], y_MN, mine[1], plan, x.dtype), x_MK, weight_NK)
             return out.view(*x.shape[:-1], -1)
         y = self.base(x, *args, **kwargs)
         y_MN = y.reshape(plan.rows, -1)
         if mine is None:
-            out = self.bank(x_MK, y_MN, context.gates[self.group], plan)
+            out = self.bank(x_MK, y_MN, gate, plan)
         else:
             out = self.bank.expand(mine[0], y_MN, mine[1], plan, y.dtype)
         return out.view(y.shape)
@@ -62,6 +71,8 @@ class MoELinear(nn.Module):
     def _experts_first(self, x: Tensor) -> bool:
         """Only beside a plain frozen linear of the same dtype whose weight lies here whole."""
         base, wanted = self.base, self.experts_first
+        if self.token_routing is not None or not self.bank.first:
+            return False
         if not (x.is_cuda if wanted is None else wanted):
             return False
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)

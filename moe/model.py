@@ -16,32 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taskmoe.moe.banks.low_rank import LowRankBank
+from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.context import Context, Gate, GateBridge, _current, bind_checkpointing, use
 from taskmoe.moe.entries import floating_inputs, input_embeddings
-from taskmoe.moe.gates import GATES, uniform
+from taskmoe.moe.gates import GATES
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.parts import Parts, splitter
-from taskmoe.moe.routers import ROUTERS
+from taskmoe.moe.routing import Routing
 from taskmoe.moe.task_ids import check_batch, read_task_ids
 from taskmoe.moe.tasks import TaskTable
 
 GROUPS = ("base", "experts", "router", "task_embedding", "heads", "saved")
-
-
-class Routing(nn.Module):
-    """Router and gate of all routing groups: task ids [Tb] -> gates [S, Tb, H, k] and slots (or None)."""
-
-    def __init__(self, config: TaskMoEConfig, groups: Sequence[str], num_tasks: int) -> None:
-        super().__init__()
-        self.router = ROUTERS[config.router](config, len(groups), num_tasks)
-        self.groups, self.gate, self.top_k = list(groups), config.gate, config.top_k
-        self.temperature = config.router_temperature
-
-    def forward(self, tasks: Tensor) -> tuple[Tensor, Tensor | None]:
-        return GATES[self.gate](self.router(tasks), self.temperature, self.top_k)
 
 
 def _embedding_hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -60,7 +47,7 @@ class TaskMoEModel(nn.Module):
     ) -> None:
         super().__init__()
         self.base_model = base_model
-        self.routing = Routing(moe_config, groups, len(tasks))
+        self.routing = Routing(moe_config, groups, tasks)
         self.moe_config, self.tasks = moe_config, tasks
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
@@ -77,14 +64,19 @@ class TaskMoEModel(nn.Module):
             if p.kind is p.POSITIONAL_OR_KEYWORD
         ]
 
-    def forward(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, task_ids: Any = None, instance_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The model's own output, with the experts of ``task_ids``.
+
+        instance_embeddings: [B, D] float, for routers that read what each sequence is about.
 
         Raises:
             TaskError: task_ids are missing, too few or too many, or name a task that is not in the table.
         """
         kwargs = self._named(args, kwargs)
         context = self.context(task_ids)
+        context.instances = instance_embeddings
         if task_ids is not None:
             check_batch(context, kwargs, self._main_input)
         bind_checkpointing(self._checkpointed)
@@ -100,13 +92,16 @@ class TaskMoEModel(nn.Module):
             )
         return output
 
-    def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    def generate(
+        self, *args: Any, task_ids: Any = None, instance_embeddings: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """``generate`` of the base model; beams and returned sequences belong to their sequence's task.
 
         Raises:
             TaskError: as for :meth:`forward`.
         """
         context = self.context(task_ids)
+        context.instances = instance_embeddings
         if task_ids is not None:
             given = {**kwargs, "inputs": args[0] if args else kwargs.get("inputs")}
             check_batch(context, given, self._main_input)
@@ -121,21 +116,30 @@ class TaskMoEModel(nn.Module):
             return Context(ids, enabled=False)
         parts = self.parts if torch.is_grad_enabled() else None
         context = Context(ids, halves=None if parts is None else parts.halves)
+        context.temperature, context.uniform = self.routing.temperature, self._mode == "uniform"
+        context.split = None if parts is None else splitter(parts, context.tasks, context.halves)
+        context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
+        if self.routing.router is not None:
+            self._route(context, parts)
+        return context
+
+    def _route(self, context: Context, parts: Parts | None) -> None:
+        """Give ``context`` the gates of its tasks, and the bridge back to the routers."""
         tasks = torch.tensor(context.tasks).to(self.device, non_blocking=True)
-        values_STHk, slots = self.routing(tasks)
+        noise = self.routing.noise(context.tasks)
+        values_STHk, slots = self.routing(tasks, None if noise is None else noise.to(self.device))
         if self._mode == "uniform":
             shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
-            values_STHk, slots = uniform(values_STHk.detach().new_zeros(shape), 1.0, None)
+            values_STHk, slots = GATES["uniform"](values_STHk.detach().new_zeros(shape))
         if torch.is_grad_enabled() and values_STHk.requires_grad:
             keep = None if parts is None else partial(parts.keep_gates, context.tasks)
             context.bridge = GateBridge(values_STHk, keep)
             rows: Sequence[Tensor] = context.bridge.leaves
         else:
             rows = values_STHk.unbind(0)
-        context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
-        split = None if parts is None else splitter(parts, context.tasks, context.halves)
-        context.gates = [Gate(v, None if slots is None else slots[i], split) for i, v in enumerate(rows)]
-        return context
+        context.gates = [
+            Gate(v, None if slots is None else slots[i], context.split) for i, v in enumerate(rows)
+        ]
 
     def _host_ids(self, task_ids: Any) -> list[Any]:
         if (
@@ -173,7 +177,12 @@ class TaskMoEModel(nn.Module):
 
     @torch.no_grad()
     def gates(self) -> dict[str, Tensor]:
-        """{routing group: [T, H, E]} for every task, zeros for experts that a top-k gate leaves out."""
+        """{routing group: [T, H, E]} for every task, zeros for experts that a top-k gate leaves out.
+
+        Empty where the layers route tokens themselves.
+        """
+        if self.routing.router is None:
+            return {}
         values_STHk, slots = self.routing(torch.arange(len(self.tasks), device=self.device))
         if slots is not None:
             shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
@@ -184,13 +193,14 @@ class TaskMoEModel(nn.Module):
         """{kind: [(name, parameter)]} of every parameter; the kinds are ``GROUPS``."""
         kind: dict[int, str] = {}
         for module in self.modules():
-            if isinstance(module, (LowRankBank, TaskLinear)):
-                label = "experts" if isinstance(module, LowRankBank) else "heads"
-                kind.update((id(p), label) for p in module.parameters())
+            if isinstance(module, Bank):
+                kind.update((id(p), module.kind) for p in module.parameters())
+            elif isinstance(module, TaskLinear):
+                kind.update((id(p), "heads") for p in module.parameters())
             elif isinstance(module, SavedModule):
                 kind.update((id(p), "saved") for p in module.saved.parameters())
         for name, p in self.routing.named_parameters():
-            kind[id(p)] = "task_embedding" if name.endswith("embedding_TD") else "router"
+            kind[id(p)] = "task_embedding" if name.startswith("representation.") else "router"
         groups: dict[str, list[tuple[str, nn.Parameter]]] = {g: [] for g in GROUPS}
         for name, p in self.named_parameters():
             groups[kind.get(id(p), "base")].append((name, p))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.heads import TaskLinear
 
 LAYER_NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
@@ -77,6 +78,36 @@ def find_targets(model: nn.Module, config: TaskMoEConfig, saved: Sequence[str] =
             )
         chosen = {n: m for n, m in chosen.items() if layer_number(n) in numbers}
     return chosen
+
+
+def saved_modules(model: nn.Module, config: TaskMoEConfig) -> list[str]:
+    """Names of the modules that ``modules_to_save`` selects, which train whole.
+
+    Raises:
+        ConfigError: a name that matches nothing, lies inside another one, or is a head per task.
+    """
+    if isinstance(config.modules_to_save, str):
+        raise ConfigError(
+            f"moe.modules_to_save: {config.modules_to_save!r} is one string; give a list of names"
+        )
+    found: list[str] = []
+    for wanted in config.modules_to_save or ():
+        names = [n for n, _ in model.named_modules() if n == wanted or n.endswith("." + wanted)]
+        if not names:
+            leaves = ", ".join(sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if n})[:20])
+            raise ConfigError(f"moe.modules_to_save: {wanted!r} matches no module; names are {leaves}")
+        found += [n for n in names if n not in found]
+    for name in found:
+        outer = [n for n in found if name.startswith(n + ".")]
+        if outer:
+            raise ConfigError(
+                f"moe.modules_to_save: {name} lies inside {outer[0]}, which is saved whole; name one of them"
+            )
+        if any(isinstance(m, TaskLinear) for m in model.get_submodule(name).modules()):
+            raise ConfigError(
+                f"moe.modules_to_save: {name} is a head per task, which trains anyway; leave it out"
+            )
+    return found
 
 
 def _check_patterns(

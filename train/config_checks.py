@@ -8,12 +8,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from taskmoe.moe.config import SCOPES, TaskMoEConfig
+from taskmoe.moe.config import SCOPES
 from taskmoe.train import deepspeed_config
 from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, MixingConfig
 from taskmoe.train.config_decode import Decoder, leaves
 from taskmoe.train.config_idle import ineffective
-from taskmoe.train.config_methods import check_balancing, check_surgery
+from taskmoe.train.config_methods import check_balancing, check_moe, check_moe_names, check_surgery
 from taskmoe.train.mixing import MIXTURES
 from taskmoe.train.schedule import GROUPS, SCHEDULES, resolve_phases
 
@@ -116,6 +116,7 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
         ConfigError: the first key at fault, the value found and what to do.
     """
     check = Decoder(dict(explicit or {}))
+    check_moe_names(config, check)
     for path, value, _ in leaves(config):
         _check_choice(check, path, value)
         _check_range(check, path, value)
@@ -130,7 +131,7 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
     resolve_phases(config)
     if config.deepspeed is not None:
         deepspeed_config.read(config.deepspeed)
-    _check_registries(config.moe, check)
+    check_moe(config, check)
     check_balancing(config, check)
     check_surgery(config, check)
 
@@ -140,14 +141,10 @@ def choices(path: str) -> Collection[str] | None:
 
     Those of routers, gates, balancing and surgery are read from their registries, which imports torch.
     """
-    if path == "moe.router":
-        from taskmoe.moe.routers import ROUTERS
+    if path in ("moe.bank", "moe.router", "moe.representation", "moe.gate"):
+        from taskmoe.moe.choices import SEAMS
 
-        return ROUTERS
-    if path == "moe.gate":
-        from taskmoe.moe.gates import GATES
-
-        return GATES
+        return SEAMS[path.removeprefix("moe.")]
     if path == "balancing.method":
         from taskmoe.train.balancing.balancer import BALANCERS
 
@@ -179,7 +176,7 @@ def _check_range(check: Decoder, path: str, value: Any) -> None:
 
 
 def _check_combinations(config: Config, check: Decoder) -> None:
-    moe, data = config.moe, config.data
+    data = config.data
     if (config.model is None) == (config.model_name_or_path is None):
         found = "neither is" if config.model is None else "both are"
         raise check.fail(
@@ -196,14 +193,6 @@ def _check_combinations(config: Config, check: Decoder) -> None:
             raise check.fail(f"datasets.{i}.path", "is missing; give a file, a folder or a name on the hub")
     if data.packing and config.task_type != "CAUSAL_LM":
         raise check.fail("data.packing", f"only task_type CAUSAL_LM can be packed, not {config.task_type}")
-    if moe.gate == "top_k" and moe.top_k is None:
-        raise check.fail("moe.top_k", "moe.gate is 'top_k': say how many experts")
-    if moe.top_k is not None and moe.gate == "top_k" and moe.top_k > moe.num_experts:
-        raise check.fail("moe.top_k", f"{moe.top_k} of only {moe.num_experts} experts (moe.num_experts)")
-    if moe.num_heads > 1 and moe.compose != "before":
-        raise check.fail(
-            "moe.num_heads", f"{moe.num_heads} heads need moe.compose 'before', not {moe.compose!r}"
-        )
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
         raise check.fail("warmup_steps", f"{config.warmup_steps} is more than max_steps, {config.max_steps}")
     if "none" in config.report_to and len(config.report_to) > 1:
@@ -228,20 +217,6 @@ def _check_mixing(here: str, mixing: MixingConfig, config: Config, check: Decode
     for i in weighted:
         if config.datasets[i].name is None:
             raise check.fail(f"datasets.{i}.weight", f"needs datasets.{i}.name: a weight belongs to a task")
-
-
-def _check_registries(moe: TaskMoEConfig, check: Decoder) -> None:
-    """Routers and gates by their registries; last, because that imports torch, and only where it can fail."""
-    for key in ("router", "gate"):
-        value = getattr(moe, key)
-        if value == getattr(TaskMoEConfig(), key):
-            continue
-        allowed = choices(f"moe.{key}")
-        if allowed is not None and value not in allowed:
-            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
-            raise check.fail(
-                f"moe.{key}", f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
-            )
 
 
 def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:

@@ -37,14 +37,15 @@ def _model(config: Config) -> Iterator[Rule]:
 
 
 def _experts(config: Config) -> Iterator[Rule]:
-    moe = config.moe
-    yield "moe.top_k", moe.gate != "top_k", f"moe.gate is {moe.gate!r}, not 'top_k'"
-    for key in ("moe.task_embedding_dim", "moe.router_hidden_dim", "task_embedding_learning_rate"):
-        yield key, moe.router != "task_mlp", f"moe.router is {moe.router!r}, not 'task_mlp'"
-    not_table = f"moe.router is {moe.router!r}, not 'task_table'"
-    yield "moe.router_init_std", moe.router != "task_table", not_table
-    yield "router_learning_rate", moe.router == "none", "moe.router is 'none'"
-    yield "moe.router_temperature", moe.gate == "uniform", "moe.gate is 'uniform'"
+    from taskmoe.moe.choices import choices_in_use, ignored  # imports torch
+
+    for key, reason in ignored(config.moe).items():
+        yield f"moe.{key}", True, reason
+    chosen = choices_in_use(config.moe)
+    no_vectors = f"moe.router is {config.moe.router!r}, which takes no vectors of tasks"
+    yield "task_embedding_learning_rate", "representation" not in chosen, no_vectors
+    nothing = "router" not in chosen or config.moe.router == "none"
+    yield "router_learning_rate", nothing, f"moe.router is {config.moe.router!r}"
 
 
 def _data(config: Config) -> Iterator[Rule]:
@@ -95,7 +96,7 @@ def _surgery(config: Config, trained: set[str]) -> Iterator[Rule]:
     surgery = config.surgery
     for key in ("options", "scope", "way", "refresh_every", "max_tasks", "matrix_steps"):
         yield f"surgery.{key}", surgery.method is None, "surgery.method is not set"
-    routers = "router" in trained and config.moe.router == "task_mlp"
+    routers = "router" in trained and config.moe.router not in ("none", "task_table")
     shared = {"experts": "experts" in trained, "routers": routers}
     nothing = f"no phase trains {surgery.scope} that tasks share"
     yield "surgery.scope", not shared.get(surgery.scope, True), nothing
@@ -108,6 +109,8 @@ def _following(config: Config) -> Iterator[Rule]:
 
 
 def _phase(config: Config, i: int) -> Iterator[Rule]:
+    from taskmoe.moe.choices import choices_in_use
+
     phase, here = config.phases[i], f"phases.{i}"
     moe = config.moe
     yield f"{here}.base_learning_rate", "base" not in phase.train, "the phase does not train the base"
@@ -116,7 +119,8 @@ def _phase(config: Config, i: int) -> Iterator[Rule]:
     yield f"{here}.router_learning_rate", moe.router == "none", "moe.router is 'none'"
     embedding = f"{here}.task_embedding_learning_rate"
     yield embedding, "task_embedding" not in phase.train, "the phase does not train the task embedding"
-    yield embedding, moe.router != "task_mlp", f"moe.router is {moe.router!r}, not 'task_mlp'"
+    no_vectors = "representation" not in choices_in_use(moe)
+    yield embedding, no_vectors, f"moe.router is {moe.router!r}, which takes no vectors of tasks"
     yield f"{here}.router_temperature", not phase.adapters, f"{here}.adapters is false"
     yield f"{here}.router_temperature", moe.gate == "uniform", "moe.gate is 'uniform'"
     yield f"{here}.restart_schedule", i == 0, "the first phase begins the schedule in any case"

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
+
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_decode import Decoder
+
+
+def check_moe_names(config: Config, check: Decoder) -> None:
+    """``moe``: the names on its seams, which all other checks build on."""
+    from taskmoe.moe.choices import SEAMS
+
+    for seam, allowed in SEAMS.items():
+        value = getattr(config.moe, seam)
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
+            message = f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
+            raise check.fail(f"moe.{seam}", message)
+
+
+def check_moe(config: Config, check: Decoder) -> None:
+    """``moe``: options of the choices on its seams, and what they exclude."""
+    from taskmoe.moe.attach import check as check_settings
+
+    try:
+        check_settings(config.moe)
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        raise check.fail(key, message) from error
 
 
 def check_balancing(config: Config, check: Decoder) -> None:

@@ -171,7 +171,8 @@ class Run:
     def _step(self, phase: Phase) -> tuple[float | None, dict[str, float]]:
         """One optimiser step: count, accumulate, update."""
         config, task_type = self.config, self.config.task_type
-        self.model.routing.temperature = phase.temperature(self.step)
+        routing = self.model.routing
+        routing.temperature, routing.seed, routing.step = phase.temperature(self.step), config.seed, self.step
         batches = self.batches.next_step(phase.end - self.step)
         parts = [count(b, task_type, len(self.tasks)) for b in batches]
         mine = sum(parts[1:], parts[0])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from taskmoe.moe import TaskMoEModel
-from taskmoe.moe.model import Routing
+from taskmoe.moe.routing import Routing
 
 
 class RouterGradients:
@@ -65,12 +65,16 @@ class RouterGradients:
         with self._gathered(own):
             weights = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
         with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
-            routing = Routing(model.moe_config, model.routing.groups, len(model.tasks))
-        routing.temperature = model.routing.temperature
+            routing = Routing(model.moe_config, model.routing.groups, model.tasks)
+        for name in ("temperature", "seed", "step", "training"):  # noise: the same as in the step itself
+            setattr(routing, name, getattr(model.routing, name))
         state = {**dict(model.routing.named_buffers()), **weights}
         ids = torch.tensor(tasks, device=next(iter(weights.values())).device)
         with torch.enable_grad():
-            values_STHk, _ = functional_call(routing, state, (ids,))
+            noise = routing.noise(tasks)
+            values_STHk, _ = functional_call(
+                routing, state, (ids, None if noise is None else noise.to(ids.device))
+            )
         absent = values_STHk.new_zeros(values_STHk[:, 0].shape)
         gates_TSHk = self._add_up(torch.stack([self._gates.get(t, absent) for t in tasks]))
         outer = values_STHk.new_zeros(num_rows, *values_STHk.shape)

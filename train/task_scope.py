@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from taskmoe.moe import TaskMoEModel
+from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.model import task_dims
 from taskmoe.moe.targets import routing_group
 from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, ConfigError
@@ -18,8 +19,9 @@ WHOLE = "all"  # the one group where every shared parameter counts into one Gram
 class Scope:
     """The trainable parameters, sorted by what surgery does with them.
 
-    banks, routers, others: {name: parameter} of the shared ones in scope: those of the experts, those of the
-    routers, and what else trains. private: {name: (parameter, axis of the tasks)}: a head or a row of a table
+    banks, routers, others: {name: parameter} of the shared ones in scope: those inside the layers that one
+    backward pass can split by task (experts, routers of tokens), those of the routers of tasks, and what else
+    trains. private: {name: (parameter, axis of the tasks)}: a head or a row of a table
     belongs to one task alone, keeps its plain gradient and stays outside the Gramian. groups: {group: names},
     one Gramian each. rest: True where shared parameters train that are out of scope.
     """
@@ -53,10 +55,15 @@ def find_scope(model: TaskMoEModel, scope: str = "all") -> Scope:
     private: dict[str, tuple[nn.Parameter, int]] = {}
     groups: dict[str, list[str]] = {}
     rest = False
+    inside = (m for m in model.modules() if isinstance(m, Bank) and m.splits)
+    split = {id(p) for m in inside for p in m.parameters(recurse=False)}
     for kind, parameters in model.trainable_groups().items():
-        room = {"experts": "banks", "router": "routers", "task_embedding": "routers"}.get(kind, "others")
-        within = {"experts": room == "banks", "routers": room == "routers"}.get(scope, True)
+        routes = kind in ("router", "task_embedding")
+        within = {"experts": kind == "experts", "routers": routes}.get(scope, True)
         for name, parameter in parameters:
+            room = "banks" if id(parameter) in split else "others"
+            if name.startswith("routing."):
+                room = "routers"
             if name in axes:
                 private[name] = (parameter, axes[name])
             elif within:

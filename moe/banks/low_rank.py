@@ -7,7 +7,7 @@ slots.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from taskmoe.kernels.low_rank import low_rank, one_expert_a_task
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand
-from taskmoe.moe.context import Gate
+from taskmoe.kernels.token_level import gated_low_rank, grouped_low_rank
+from taskmoe.moe.banks.base import Bank
+from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.context import Gate, TokenGate
 from taskmoe.moe.parts import average_by_task
+from taskmoe.moe.tasks import TaskTable
 
 
 class Operands(NamedTuple):
@@ -33,7 +37,7 @@ class Operands(NamedTuple):
     slots_Tk: Tensor | None
 
 
-class LowRankBank(nn.Module):
+class LowRankBank(Bank):
     """Low-rank experts, gated after the product or averaged before it.
 
     after:  y + s * sum_j g[t, j] B_e(j) A_e(j) x     (LoRA experts; rank-1 experts are r = 1)
@@ -45,23 +49,41 @@ class LowRankBank(nn.Module):
     model; A starts as LoRA's (uniform, +-1 / sqrt(K)).
     """
 
-    def __init__(
-        self, d_in: int, d_out: int, num_experts: int, r: int, scale: float, compose: str, dropout: float
-    ) -> None:
+    uses: ClassVar[tuple[str, ...]] = (
+        "r", "num_experts", "lora_alpha", "lora_dropout", "compose", "num_heads",
+    )  # fmt: skip
+    levels: ClassVar[tuple[str, ...]] = ("task", "token")
+    splits: ClassVar[bool] = True
+    shares: ClassVar[bool] = True  # a shrink with its siblings
+    first: ClassVar[bool] = True  # may write before the frozen product is added
+
+    def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(d_in)
-        self.A_ErK = nn.Parameter(torch.empty(num_experts, r, d_in).uniform_(-bound, bound))
-        self.B_ErN = nn.Parameter(torch.zeros(num_experts, r, d_out))
-        self.scale, self.compose = scale, compose
-        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        bound, E = 1 / math.sqrt(d_in), config.num_experts
+        self.A_ErK = nn.Parameter(torch.empty(E, r, d_in).uniform_(-bound, bound))
+        self.B_ErN = nn.Parameter(torch.zeros(E, r, d_out))
+        self.scale = (config.lora_alpha if config.lora_alpha is not None else r) / r
+        self.compose = config.compose
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
 
     def forward(
-        self, x_MK: Tensor, y_MN: Tensor | None, gate: Gate, plan: Plan, weight_NK: Tensor | None = None
+        self,
+        x_MK: Tensor,
+        y_MN: Tensor | None,
+        gate: Gate | TokenGate,
+        plan: Plan,
+        weight_NK: Tensor | None = None,
     ) -> Tensor:
         """x_MK: [M, K]; y_MN: [M, N], what the experts' part is added to -> [M, N].
 
-        weight_NK: the frozen layer's weight, where its product is not in ``y`` yet.
+        weight_NK: the frozen layer's weight, where its product is not in ``y`` yet (with gates a task).
         """
+        if isinstance(gate, TokenGate):
+            A_GErK, B_GErN = self.factors(gate)
+            rows = self.dropout(x_MK)
+            if gate.slots is None:
+                return gated_low_rank(rows, y_MN, A_GErK, B_GErN, gate.values, self.scale, plan)
+            return grouped_low_rank(rows, y_MN, A_GErK, B_GErN, gate.values, gate.slots, self.scale, plan)
         return low_rank(self.dropout(x_MK), y_MN, *self.operands(gate), self.scale, plan, weight_NK)
 
     def expand(
@@ -88,7 +110,7 @@ class LowRankBank(nn.Module):
         """Whether dropout changes the rows now."""
         return self.training and isinstance(self.dropout, nn.Dropout)
 
-    def factors(self, gate: Gate) -> tuple[Tensor, ...]:
+    def factors(self, gate: Gate | TokenGate) -> tuple[Tensor, ...]:
         """A and B as the op takes them, [G, E, r, D]: G = 1 gives one gradient, summed over tasks; G = T one
         a task, which ``gate.split`` keeps."""
         if gate.split is None:

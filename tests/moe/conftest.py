@@ -205,7 +205,8 @@ def merged_weights(model, task: int) -> dict[str, Tensor]:
         if config.router == "task_table":
             logits_HE = router.logits_STHE[layer.group, task]
         elif config.router == "task_mlp":
-            hidden = router.embedding_TD[task] @ router.w1_SDF[layer.group] + router.b1_SF[layer.group]
+            vector = model.routing.representation.embedding_TD[task]
+            hidden = vector @ router.w1_SDF[layer.group] + router.b1_SF[layer.group]
             logits = nn.functional.gelu(hidden) @ router.w2_SFE[layer.group] + router.b2_SE[layer.group]
             logits_HE = logits.view(H, E)
         else:

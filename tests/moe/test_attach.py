@@ -55,7 +55,8 @@ def test_the_list_with_an_mlp_router_saved_modules_and_heads(tiny):
     queries = [f"base_model.encoder.encoder.layer.{i}.attention.self.query.bank" for i in range(2)]
     assert set(model.trainable_names()) == {
         *(f"{q}.{p}" for q in queries for p in ("A_ErK", "B_ErN")),
-        *(f"routing.router.{p}" for p in ("embedding_TD", "w1_SDF", "b1_SF", "w2_SFE", "b2_SE")),
+        "routing.representation.embedding_TD",
+        *(f"routing.router.{p}" for p in ("w1_SDF", "b1_SF", "w2_SFE", "b2_SE")),
         "base_model.encoder.pooler.saved.dense.weight",
         "base_model.encoder.pooler.saved.dense.bias",
         "base_model.classifier.weight_TNK",

@@ -189,7 +189,7 @@ def test_parameter_groups_hold_every_parameter_once(routed):
     groups = model.parameter_groups()
     names = [n for ps in groups.values() for n, _ in ps]
     assert sorted(names) == sorted(n for n, _ in model.named_parameters())
-    assert [n for n, _ in groups["task_embedding"]] == ["routing.router.embedding_TD"]
+    assert [n for n, _ in groups["task_embedding"]] == ["routing.representation.embedding_TD"]
     assert [n for n, _ in groups["router"]] == [
         f"routing.router.{n}" for n in ("w1_SDF", "b1_SF", "w2_SFE", "b2_SE")
     ]

@@ -9,27 +9,34 @@ import torch
 
 from taskmoe.moe import TaskMoEConfig, attach
 from taskmoe.moe.model import task_dims
-from taskmoe.moe.routers import ROUTERS
+from taskmoe.moe.routers.kinds import ROUTERS
+from taskmoe.moe.tasks import TaskTable
 
-GROUPS, TASKS, HEADS, EXPERTS = 3, 5, 2, 4
-CONFIG = TaskMoEConfig(num_experts=EXPERTS, num_heads=HEADS, task_embedding_dim=6, router_hidden_dim=7)
+GROUPS, TASKS, HEADS, EXPERTS, DIM = 3, 5, 2, 4, 6
+CONFIG = TaskMoEConfig(num_experts=EXPERTS, num_heads=HEADS, router_hidden_dim=7)
+VECTORS = torch.randn(TASKS, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def build(name, config=CONFIG, groups=GROUPS, num_tasks=TASKS):
+    tasks = TaskTable.from_names([f"task-{i}" for i in range(num_tasks)])
+    return ROUTERS[name](config, [f"layers.{i}" for i in range(groups)], tasks, DIM)
 
 
 @pytest.fixture(params=ROUTERS)
 def router(request):
-    return ROUTERS[request.param](CONFIG, GROUPS, TASKS)
+    return build(request.param)
 
 
 def test_logits_of_the_tasks_asked_for(router):
     tasks = torch.tensor([4, 1])
-    logits = router(tasks)
+    logits = router(tasks, VECTORS[tasks])
     assert logits.shape == (GROUPS, 2, HEADS, EXPERTS)
-    everything = router(torch.arange(TASKS))
+    everything = router(torch.arange(TASKS), VECTORS)
     assert torch.allclose(logits, everything[:, tasks], atol=1e-6)
 
 
 def test_every_tensor_gets_a_gradient_whatever_the_tasks_are(router):
-    logits = router(torch.tensor([3]))
+    logits = router(torch.tensor([3]), VECTORS[3:4])
     if not list(router.parameters()):
         assert not logits.any()
         return
@@ -41,7 +48,7 @@ def test_the_task_axis_has_the_size_of_the_table(router):
     for name, axis in router.task_dims.items():
         assert getattr(router, name).shape[axis] == TASKS
     rest = {n for n, _ in router.named_parameters()} - set(router.task_dims)
-    other = ROUTERS["task_mlp" if rest else "task_table"](CONFIG, GROUPS, TASKS + 1)
+    other = build(next(n for n, cls in ROUTERS.items() if type(router) is cls), num_tasks=TASKS + 1)
     for name in rest:
         assert getattr(other, name).shape == getattr(router, name).shape, (
             f"{name} depends on the number of tasks"
@@ -51,22 +58,22 @@ def test_the_task_axis_has_the_size_of_the_table(router):
 def test_the_table_is_a_free_row_of_small_logits():
     torch.manual_seed(0)
     config = TaskMoEConfig(num_experts=50, router_init_std=0.01)
-    table = ROUTERS["task_table"](config, 8, 20)
-    assert torch.equal(table(torch.tensor([7, 2])), table.logits_STHE[:, [7, 2]])
+    table = build("task_table", config, 8, 20)
+    assert torch.equal(table(torch.tensor([7, 2]), None), table.logits_STHE[:, [7, 2]])
     logits = table.logits_STHE.detach()
     assert float(logits.std()) == pytest.approx(0.01, rel=0.05)
     assert abs(float(logits.mean())) < 1e-3
 
 
 def test_the_mlp_by_hand():
-    router = ROUTERS["task_mlp"](CONFIG, GROUPS, TASKS).double()
+    router, vectors = build("task_mlp").double(), VECTORS.double()
     with torch.no_grad():
         for p in router.parameters():
             p.copy_(torch.randn_like(p))
-        found = router(torch.tensor([2]))
+        found = router(torch.tensor([2]), vectors[2:3])
         for s in range(GROUPS):
             hidden = [
-                sum(float(router.embedding_TD[2, d] * router.w1_SDF[s, d, f]) for d in range(6))
+                sum(float(vectors[2, d] * router.w1_SDF[s, d, f]) for d in range(DIM))
                 + float(router.b1_SF[s, f])
                 for f in range(7)
             ]
@@ -79,8 +86,8 @@ def test_the_mlp_by_hand():
 
 
 def test_no_router_follows_the_models_dtype():
-    router = ROUTERS["none"](CONFIG, GROUPS, TASKS)
-    assert router.double()(torch.tensor([0])).dtype == torch.float64
+    router = build("none")
+    assert router.double()(torch.tensor([0]), None).dtype == torch.float64
     assert not router.state_dict()
 
 
@@ -111,4 +118,5 @@ def test_scope_linear_routes_every_linear(tiny):
 
 def test_parameters_with_a_task_axis_are_known_by_name(tiny):
     config = TaskMoEConfig(r=1, num_experts=2, router="task_mlp")
-    assert task_dims(attach(tiny("bert"), config, 3, dry_run=False)) == {"routing.router.embedding_TD": 0}
+    model = attach(tiny("bert"), config, 3, dry_run=False)
+    assert task_dims(model) == {"routing.representation.embedding_TD": 0}

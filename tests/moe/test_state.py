@@ -23,7 +23,7 @@ from taskmoe.moe.state import CONFIG, TASKS, WEIGHTS, read_config, save_adapter
 OLD, NEW = ["a", "b"], ["a", "b", "c", "d"]
 ROUTERS = {
     "task_table": ("routing.router.logits_STHE", 1),
-    "task_mlp": ("routing.router.embedding_TD", 0),
+    "task_mlp": ("routing.representation.embedding_TD", 0),
 }
 
 

@@ -1,0 +1,12 @@
+"""Kinds of experts by name (see ``moe/banks/base.py`` for what a kind is)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskmoe.moe.banks.low_rank import LowRankBank
+from taskmoe.moe.banks.on_linears import OnLinears
+
+BANKS: dict[str, Any] = {
+    "low_rank": OnLinears(LowRankBank),
+}

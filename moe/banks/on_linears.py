@@ -1,0 +1,93 @@
+"""Banks that lie beside linear layers: which linears, and what each gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from taskmoe.moe.banks.base import Placement
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.dry_run import executed_targets
+from taskmoe.moe.layer import MoELinear
+from taskmoe.moe.siblings import family
+from taskmoe.moe.targets import (
+    check_rank_pattern,
+    features,
+    find_targets,
+    rank_of,
+    routing_group,
+    saved_modules,
+)
+from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
+from taskmoe.moe.token_routing import TokenRouting
+
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern")
+
+
+class OnLinears:
+    """A kind whose experts lie beside linears: ``bank(config, d_in, d_out, r, tasks)`` for each of them."""
+
+    def __init__(self, bank: Any) -> None:
+        self.bank = bank
+        self.uses: tuple[str, ...] = (*bank.uses, *TARGETS)
+        self.levels: tuple[str, ...] = bank.levels
+        if hasattr(bank, "Options"):
+            self.Options = bank.Options
+
+    def place(
+        self,
+        model: nn.Module,
+        config: TaskMoEConfig,
+        table: TaskTable,
+        *,
+        example_inputs: Mapping[str, Any] | None = None,
+        dry_run: bool = True,
+    ) -> Placement:
+        """See :class:`taskmoe.moe.banks.base.BankKind`.
+
+        Raises:
+            ConfigError: a pattern that matches nothing (with the closest names); sizes that do not fit.
+            RowSpaceError: a target whose rows cannot be assigned to tasks, by name.
+        """
+        targets = find_targets(model, config, saved_modules(model, config))
+        check_rank_pattern(list(targets), config)
+        not_run: list[str] = []
+        siblings: list[list[str]] = []
+        if dry_run:
+            executed, siblings = executed_targets(model, targets, example_inputs)
+            not_run = [n for n in targets if n not in executed]
+            targets = {n: m for n, m in targets.items() if n in executed}
+            if not targets:
+                raise ConfigError(f"moe.target_modules: a forward pass runs none of {', '.join(not_run[:4])}")
+        groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in targets))
+        linears = {
+            n: self._linear(n, m, config, groups.index(routing_group(n, config.router_scope)), table)
+            for n, m in targets.items()
+        }
+        for names in siblings:
+            together = family([linears[n] for n in names])
+            for name in names:
+                linears[name].siblings = together
+        return Placement({**linears}, groups, not_run)
+
+    def _linear(
+        self, name: str, linear: nn.Module, config: TaskMoEConfig, group: int, table: TaskTable
+    ) -> MoELinear:
+        shape = features(linear)
+        assert shape is not None
+        d_in, d_out = shape
+        if d_in % config.num_heads or d_out % config.num_heads:
+            raise ConfigError(
+                f"moe.num_heads: {config.num_heads} does not divide {d_in} x {d_out} of {name}; choose a "
+                "divisor"
+            )
+        device = next(chain(linear.parameters(), linear.buffers())).device
+        bank = self.bank(config, d_in, d_out, rank_of(name, config), table)
+        routing = None
+        if config.router in TOKEN_ROUTERS:
+            routing = TokenRouting(config, d_in, table, name).to(device)
+        return MoELinear(linear, bank.to(device), name, group, routing)

@@ -1,0 +1,99 @@
+"""What the chosen methods read of the settings, and whether they go together.
+
+A seam's choice is in use when another choice needs it; a key is ignored when no choice in use reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from taskmoe.moe.banks.kinds import BANKS
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.gates import GATES
+from taskmoe.moe.options import GENERAL, default_options, options_of
+from taskmoe.moe.representations.kinds import REPRESENTATIONS
+from taskmoe.moe.routers.kinds import ROUTERS
+from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
+
+SEAMS: dict[str, dict[str, Any]] = {
+    "bank": BANKS,
+    "router": {**ROUTERS, **TOKEN_ROUTERS},
+    "representation": REPRESENTATIONS,
+    "gate": GATES,
+}
+
+
+def choices_in_use(config: TaskMoEConfig) -> dict[str, Any]:
+    """{seam: the chosen method} of the seams that have a part in it.
+
+    A bank that takes no gates has neither router nor gate; a router that takes no vectors no representation.
+    """
+    chosen = {"bank": BANKS[config.bank]}
+    if chosen["bank"].levels:
+        chosen["router"] = SEAMS["router"][config.router]
+        chosen["gate"] = GATES[config.gate]
+        if "representation" in chosen["router"].uses:
+            chosen["representation"] = REPRESENTATIONS[config.representation]
+    elif "representation" in chosen["bank"].uses:
+        chosen["representation"] = REPRESENTATIONS[config.representation]
+    return chosen
+
+
+def ignored(config: TaskMoEConfig) -> dict[str, str]:
+    """{key: why it has no effect} of the keys that no choice in use reads."""
+    chosen = choices_in_use(config)
+    used = {key for method in chosen.values() for key in method.uses}
+    used |= {f"{seam}_options" for seam, method in chosen.items() if default_options(method)}
+    found = {}
+    for field in dataclasses.fields(config):
+        if field.name not in used and field.name not in (*GENERAL, *chosen):
+            found[field.name] = _reason(field.name, config)
+    for seam in SEAMS.keys() - chosen.keys():
+        found[seam] = f"moe.bank {config.bank!r} and moe.router {config.router!r} take none"
+    return found
+
+
+def _reason(key: str, config: TaskMoEConfig) -> str:
+    readers = [f"{seam} {name}" for seam, name in readers_of(key)]
+    chosen = ", ".join(f"moe.{seam} is {getattr(config, seam)!r}" for seam in SEAMS)
+    return f"{chosen}; it belongs to {', '.join(readers) or 'none of the choices'}"
+
+
+def readers_of(key: str) -> list[tuple[str, str]]:
+    """(seam, name) of every choice that reads a key."""
+    found = []
+    for seam, methods in SEAMS.items():
+        for name, method in methods.items():
+            if key in method.uses or (key == f"{seam}_options" and default_options(method)):
+                found.append((seam, name))
+    return found
+
+
+def check_choices(config: TaskMoEConfig) -> None:
+    """Refuse names that are unknown, options that are, and choices that do not go together.
+
+    Raises:
+        ConfigError: names the key, the value and what to do.
+    """
+    for seam, methods in SEAMS.items():
+        value = getattr(config, seam)
+        if value not in methods:
+            near = difflib.get_close_matches(str(value), methods, n=1, cutoff=0.0)[0]
+            known = ", ".join(methods)
+            raise ConfigError(f"moe.{seam}: {value!r} is unknown; known are {known}; the nearest is {near!r}")
+    chosen = choices_in_use(config)
+    for seam, method in chosen.items():
+        options_of(seam, config, method)
+    for seam in SEAMS.keys() - chosen.keys():
+        if getattr(config, f"{seam}_options"):
+            raise ConfigError(f"moe.{seam}_options: no {seam} is in use here; leave them out")
+    if "router" in chosen:
+        level = "token" if config.router in TOKEN_ROUTERS else "task"
+        if level not in chosen["bank"].levels:
+            wanted = " and ".join(chosen["bank"].levels)
+            raise ConfigError(
+                f"moe.router: {config.router!r} routes by {level}, but moe.bank {config.bank!r} takes gates "
+                f"by {wanted}"
+            )

@@ -1,0 +1,24 @@
+"""Task-level routers by name: task -> logits over experts, for all routing groups at once.
+
+A router is built from ``(config, groups, tasks, dim)``: the names of the S groups in the order of the model,
+and the task table. It is called once per forward pass, not once per sequence, with ``(tasks [Tb] int64,
+vectors_TD [Tb, D])``: the ids of the batch's tasks and their vectors (``dim`` = D; None and 0 unless ``uses``
+names ``representation``). It returns logits [S, Tb, H, E] and is a function of its
+parameters and the task alone. Its parameters are stacked over the S groups, so that every rank touches every
+tensor in every step whatever its tasks are. ``task_dims`` names the axis of the tasks of each parameter that
+has one: there a table of tasks grows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskmoe.moe.routers.mlp import TaskMLPRouter
+from taskmoe.moe.routers.none import NoRouter
+from taskmoe.moe.routers.table import TaskTableRouter
+
+ROUTERS: dict[str, Any] = {
+    "task_table": TaskTableRouter,
+    "task_mlp": TaskMLPRouter,
+    "none": NoRouter,
+}

@@ -1,0 +1,16 @@
+"""Token-level routers by name: the rows of a layer -> logits over its experts.
+
+A router is built from ``(config, d_in, tasks)`` for each layer and called with ``(x_MK, context, plan)``: the
+rows that the layer reads. It returns logits [M, E]. It is a :class:`~taskmoe.moe.banks.base.Bank` of kind
+``router``; parameters that tasks share go through ``context.split`` where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from taskmoe.moe.token_routers.linear import TokenLinearRouter
+
+TOKEN_ROUTERS: dict[str, Any] = {
+    "token_linear": TokenLinearRouter,
+}
