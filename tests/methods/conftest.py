@@ -1,0 +1,128 @@
+"""Every file of configs/methods/ as a model and batches, by the way a run takes, only smaller."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from taskmoe.moe import TaskMoEModel
+from taskmoe.train.batches import build_batches
+from taskmoe.train.config import Config
+from taskmoe.train.config_io import load
+from taskmoe.train.distributed import Ranks
+from taskmoe.train.objectives import count, model_inputs, step_loss
+from taskmoe.train.schedule import resolve_phases
+from taskmoe.train.setup import Data, build_data, build_moe
+
+ROOT = Path(__file__).parents[2]
+METHODS = {p.stem: p for p in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
+ALONE = Ranks(0, 1, 0, torch.device("cpu"), owns_group=False)
+
+
+@dataclass
+class Method:
+    """One file: its settings and its data; ``build`` gives a fresh model, ``batches`` the first batches."""
+
+    name: str
+    config: Config
+    data: Data
+
+    def build(self, train: tuple[str, ...] = ("experts", "router", "task_embedding")) -> TaskMoEModel:
+        model = build_moe(self.config, self.data.tokenizer, self.data.bundle.tasks, ALONE)
+        model.set_trainable(train)
+        return model
+
+    def batches(self, number: int) -> list[dict[str, Any]]:
+        bundle = self.data.bundle
+        found = build_batches(
+            self.config,
+            ALONE,
+            resolve_phases(self.config),
+            bundle.splits["train"],
+            bundle.tasks.names,
+            self.data.collator,
+        )
+        return [found.next_step(1)[0] for _ in range(number)]
+
+    def loss(self, model: TaskMoEModel, batch: dict[str, Any], logits: Tensor | None = None) -> Tensor:
+        n_tasks = len(self.data.bundle.tasks)
+        if logits is None:
+            logits = self.logits(model, batch)
+        task_type = self.config.task_type
+        weights = torch.ones(n_tasks, dtype=torch.float64)
+        return step_loss(logits, batch, count(batch, task_type, n_tasks), weights, task_type=task_type)[0]
+
+    def logits(self, model: TaskMoEModel, batch: dict[str, Any]) -> Tensor:
+        inputs = model_inputs(batch, self.config.task_type, model.config, torch.device("cpu"))
+        return model(**inputs).logits
+
+
+@cache
+def method_of(name: str) -> Method:
+    """The data of a method, read once: few rows, but the tasks, the tokenizer and the model of the file."""
+    config = load(METHODS[name])
+    assert config.data.skill_gym is not None, f"{name}: extend configs/skill_gym.yaml"
+    gym = replace(config.data.skill_gym, train_rows=40, validation_rows=8, test_rows=8)
+    config = replace(
+        config, data=replace(config.data, skill_gym=gym), per_device_train_batch_size=16, deepspeed=None
+    )
+    torch.manual_seed(0)
+    return Method(name, config, build_data(config, ALONE, ("train",), None, None, lambda line: None))
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Method:
+    """Runs a test once a file."""
+    return method_of(request.param)
+
+
+@cache
+def table() -> dict[str, dict[str, str]]:
+    """{file: {column: cell}} of the table "A file each" in docs/METHODS.md."""
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    section = text.split("## A file each", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    rows = {}
+    for line in lines[2:]:
+        cells = [c.strip() for c in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+        assert len(cells) == len(names), line
+        row = dict(zip(names, cells, strict=True))
+        rows[row["file"].strip("`")] = row
+    return rows
+
+
+@pytest.fixture(scope="session")
+def claims() -> dict[str, dict[str, str]]:
+    """What docs/METHODS.md says of each file."""
+    return table()
+
+
+@pytest.fixture(scope="session")
+def methods() -> list[str]:
+    return list(METHODS)
+
+
+@pytest.fixture(scope="session")
+def shaken() -> Callable[..., TaskMoEModel]:
+    """Shakes a model (see :func:`shake`)."""
+    return shake
+
+
+def shake(model: TaskMoEModel, seed: int = 1) -> TaskMoEModel:
+    """Move every adapter tensor away from its start: zeros get values of ordinary size, the rest some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for group, parameters in model.parameter_groups().items():
+            for _, p in parameters if group != "base" else ():
+                if p.is_floating_point():
+                    p.add_(torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * 0.1)
+    return model

@@ -1,0 +1,48 @@
+"""Each method trains 200 steps on the test bed; docs/METHODS.md says whether it beats its control."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from taskmoe.train.config_io import load
+from taskmoe.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
+LAST = 5  # logged means over 10 steps each
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory):
+    """The mean training loss of the last 50 of 200 steps of a file, run once a session."""
+
+    @cache
+    def of(name: str) -> float:
+        folder = tmp_path_factory.mktemp("runs") / name
+        given = [f"--output_dir={folder}", "--report_to=none"]
+        assert train(load(ROOT / "configs" / "methods" / f"{name}.yaml", given)) == 0
+        rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+        found = [row["train/loss"] for row in rows if "train/loss" in row]
+        assert len(found) >= 20
+        return sum(found[-LAST:]) / LAST
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_it_trains_and_what_is_said_of_it_is_so(path: Path, losses, claims):
+    stated = claims[path.stem]["200 steps"]
+    found = losses(path.stem)
+    assert found == found, "not a number"
+    if stated.startswith("is the control"):
+        return
+    verdict, _, rest = stated.partition(" `")
+    control = rest.partition("`")[0]
+    assert verdict in ("beats", "does not beat"), f"{path.stem}: docs/METHODS.md says {stated!r}"
+    beats = found < losses(control)
+    assert beats == (verdict == "beats"), f"{found:.4f} against {losses(control):.4f} of {control}"
