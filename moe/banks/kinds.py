@@ -7,12 +7,18 @@ from typing import Any
 from taskmoe.moe.banks.adapter import Adapters
 from taskmoe.moe.banks.fusion import Fusion
 from taskmoe.moe.banks.generated import Generated
+from taskmoe.moe.banks.adapter import Adapters
+from taskmoe.moe.banks.fusion import Fusion
+from taskmoe.moe.banks.generated import Generated
 from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.banks.module.kind import Module
 from taskmoe.moe.banks.on_linears import OnLinears
 
 BANKS: dict[str, Any] = {
     "low_rank": OnLinears(LowRankBank),
+    "adapter": Adapters,
+    "generated": Generated,
+    "fusion": Fusion,
     "adapter": Adapters,
     "generated": Generated,
     "fusion": Fusion,
