@@ -31,6 +31,20 @@ METHODS["shared-model"] = TaskMoEConfig(r=2, num_experts=3, router_scope="model"
 METHODS["shared-layer"] = TaskMoEConfig(
     r=2, num_experts=3, router="task_mlp", router_scope="layer", task_embedding_dim=6, router_hidden_dim=5
 )
+for gate, more in GATES.items():
+    METHODS[f"adapter-{gate}"] = TaskMoEConfig(
+        bank="adapter", r=2, num_experts=3, gate=gate, router_init_std=0.5, **more
+    )
+for share in ("stack", "block"):
+    for norm in (True, False):
+        METHODS[f"generated-{share}-{norm}"] = TaskMoEConfig(
+            bank="generated", r=2, task_embedding_dim=5,
+            bank_options={"share": share, "norm": norm, "hidden": 6, "dim": 5},
+        )  # fmt: skip
+for per_task in (False, True):  # the attention reads no gates
+    METHODS[f"fusion-{per_task}"] = TaskMoEConfig(
+        bank="fusion", r=2, num_experts=3, router="none", gate="uniform", bank_options={"per_task": per_task}
+    )
 SHARED_GATES = (
     "uniform-before",
 )  # every expert is averaged with one weight: B_e get one gradient, by definition
