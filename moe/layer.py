@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +108,20 @@ class SavedModule(nn.Module):
     fp32, computes in the original's dtype, and gets its gradients in fp32.
     """
 
+    copies: ClassVar[str] = "saved"  # the group in which copies of ``original`` train
+
     def __init__(self, original: nn.Module, name: str) -> None:
         super().__init__()
         self.original, self.name = original, name
         self.saved = copy.deepcopy(original)
         if _floating(original) in HALVES:
             self.saved.float()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Start the copy again from the original, which a phase without adapters may have trained."""
+        for copied, original in zip(self.saved.parameters(), self.original.parameters(), strict=True):
+            copied.copy_(original)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not current(self.name).enabled:

@@ -209,7 +209,7 @@ class TaskMoEModel(nn.Module):
     def set_trainable(self, groups: Sequence[str]) -> list[str]:
         """Train just these kinds of parameters; returns their names.
 
-        The original of a saved module stands aside while its copy trains.
+        The original of a saved module, or of module experts, stands aside while its copies train.
 
         Raises:
             ValueError: not one of ``GROUPS``.
@@ -217,10 +217,8 @@ class TaskMoEModel(nn.Module):
         unknown = set(groups) - set(GROUPS)
         if unknown:
             raise ValueError(f"train: unknown group {sorted(unknown)}; known are {', '.join(GROUPS)}")
-        aside: set[int] = set()
-        if "saved" in groups:
-            originals = [m.original for m in self.modules() if isinstance(m, SavedModule)]
-            aside = {id(p) for module in originals for p in module.parameters()}
+        copied = [m for m in self.modules() if getattr(type(m), "copies", None) in groups]
+        aside = {id(p) for module in copied for p in module.original.parameters()}  # type: ignore[union-attr]
         for kind, parameters in self.parameter_groups().items():
             for _, p in parameters:
                 p.requires_grad_(kind in groups and p.is_floating_point() and id(p) not in aside)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taskmoe.moe import StateError, TaskMoEModel
-from taskmoe.moe.layer import SavedModule
 
 BASE_WEIGHTS = "base_model.safetensors"  # in a checkpoint, where the base is not a model of the hub
 
@@ -82,11 +81,8 @@ def load_all_weights(model: TaskMoEModel, state: dict[str, Tensor]) -> None:
 
 
 def refresh_saved_modules(model: TaskMoEModel) -> None:
-    """Saved modules start again from their originals, which a phase without adapters may have trained."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, SavedModule):
-                for copy, original in zip(
-                    module.saved.parameters(), module.original.parameters(), strict=True
-                ):
-                    copy.copy_(original)
+    """Saved modules and module experts start again from their originals, which a phase without adapters may
+    have trained."""
+    for module in model.modules():
+        if hasattr(type(module), "copies"):
+            module.refresh()  # type: ignore[operator]

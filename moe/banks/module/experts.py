@@ -6,7 +6,7 @@ E experts, k slots, D features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class ModuleExperts(nn.Module):
     Attention keeps keys and values for each expert: with a cache every expert that any task of the batch uses
     runs on all sequences, and only a cache that grows as it goes will do.
     """
+
+    copies: ClassVar[str] = "experts"  # the group in which copies of ``original`` train
 
     def __init__(
         self, original: nn.Module, stack: ModuleStack, name: str, group: int, routing: nn.Module | None = None
@@ -61,6 +63,10 @@ class ModuleExperts(nn.Module):
         if self.routing is not None:
             return self._by_token(x, args, kwargs, context)
         return self._by_task(x, args, kwargs, context, context.gates[self.group])
+
+    def refresh(self) -> None:
+        """Start the copies again from the original, which a phase without adapters may have trained."""
+        self.stack.start(self.original)
 
     def plain(self, expert: int) -> nn.Module:
         """The original with the weights of one expert; this module is no longer to be used."""

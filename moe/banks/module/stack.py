@@ -46,15 +46,14 @@ class ModuleStack(Bank):
 
     def __init__(self, module: nn.Module, num_experts: int, noise: float, cache_stride: int) -> None:
         super().__init__()
-        self.num_experts, self.cache_stride = num_experts, cache_stride
+        self.num_experts, self.noise, self.cache_stride = num_experts, noise, cache_stride
         self.keys: dict[str, str] = {}  # of the module -> here, where a name has no dots
         for name, p in module.named_parameters():
             self.keys[name] = name.replace(".", "__") + "_E"
-            start = p.detach().to(torch.float32 if p.dtype in HALVES else p.dtype)
-            copies = start.expand(num_experts, *start.shape).clone()
-            if noise > 0:
-                copies += noise * torch.randn_like(copies)
-            self.register_parameter(self.keys[name], nn.Parameter(copies))
+            dtype = torch.float32 if p.dtype in HALVES else p.dtype
+            empty = torch.empty(num_experts, *p.shape, dtype=dtype, device=p.device)
+            self.register_parameter(self.keys[name], nn.Parameter(empty))
+        self.start(module)
         # In a list: a child would be moved, saved, hooked and checkpointed with the model.
         self._shells = [shell(module)]
 
@@ -82,6 +81,15 @@ class ModuleStack(Bank):
             runner.train(self.training)
             outputs.append(functional_call(runner, {**mine, **buffers}, args, kwargs))
         return outputs
+
+    @torch.no_grad()
+    def start(self, module: nn.Module) -> None:
+        """Make every expert a copy of ``module`` (and noise)."""
+        for name, p in module.named_parameters():
+            copies = getattr(self, self.keys[name])
+            copies.copy_(p.expand_as(copies))
+            if self.noise > 0:
+                copies.add_(torch.randn_like(copies), alpha=self.noise)
 
     def expert(self, e: int) -> Params:
         """The parameters of expert ``e``, detached, by the module's own names."""

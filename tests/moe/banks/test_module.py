@@ -336,3 +336,22 @@ def test_what_copies_do_is_not_recorded_silently(tiny, batch):
     assert len(out.hidden_states) == 3
 
 
+
+
+def test_the_original_stands_aside_while_its_copies_train(tiny, batch, head, gradients):
+    model = attach(tiny("llama"), config_of("ffn"), TASKS)
+    names = model.set_trainable(("base", "experts", "router"))
+    assert not [n for n in names if ".mlp.original." in n]
+    assert [n for n in names if ".self_attn." in n]
+    gradients(model, head(model(**batch("llama", MIX))).square().sum())  # none is missing
+    assert [n for n in model.set_trainable(("base",)) if ".mlp.original." in n]
+
+
+def test_copies_start_again_from_a_trained_original(tiny, shaken):
+    model = shaken(attach(tiny("llama"), config_of("ffn"), TASKS))
+    experts = experts_of(model)["model.layers.0.mlp"]
+    with torch.no_grad():
+        experts.original.up_proj.weight.add_(1.0)
+    experts.refresh()
+    for copied in experts.stack.up_proj__weight_E:
+        assert torch.equal(copied, experts.original.up_proj.weight)

@@ -1,0 +1,67 @@
+"""One task's model without experts: each module is the expert that the task's gate is largest on."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from taskmoe.moe.banks.base import Bank
+from taskmoe.moe.banks.module.experts import Deferred, ModuleExperts, PairExperts
+from taskmoe.moe.banks.module.stack import ModuleStack
+from taskmoe.moe.banks.module.targets import PAIR
+from taskmoe.moe.config import ConfigError
+from taskmoe.moe.heads import TaskLinear
+from taskmoe.moe.layer import SavedModule
+from taskmoe.moe.model import TaskMoEModel, _embedding_hook
+
+
+def squeeze(model: TaskMoEModel, task: str) -> nn.Module:
+    """A plain Hugging Face model on the path of ``task``, say to fine-tune it on (Ye, Zha, Ren 2022).
+
+    ``model`` stays as it is. With one-hot gates the squeezed model computes what ``model`` does for the task.
+
+    Args:
+        model: with ``bank: module`` and a router by task.
+        task: a name of its table.
+
+    Returns:
+        A copy of the base model, all of it free to train, in the dtype of the base.
+
+    Raises:
+        ConfigError: experts that are no modules, gates of tokens, or heads per task.
+        TaskError: a task that is not in the table.
+    """
+    number = model.tasks.id(task)
+    if model.routing.router is None:
+        raise ConfigError("squeeze: tokens are routed one by one, so a task has no path of its own")
+    gates = list(model.gates().values())
+    plain = copy.deepcopy(model.base_model)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, TaskLinear):
+            raise ConfigError(f"squeeze: {name} is a head per task; squeeze a model without heads per task")
+        if isinstance(module, Bank) and not isinstance(module, ModuleStack):
+            raise ConfigError(f"squeeze: {name} is no copy of a module (moe.bank: module); merge it instead")
+        for hook, function in list(module._forward_hooks.items()):
+            if function is _embedding_hook:
+                del module._forward_hooks[hook]
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, ModuleExperts):
+            original = module.plain(int(gates[module.group][number].mean(0).argmax()))
+            pair = isinstance(module, PairExperts)
+            _put(plain, name, original.get_submodule(PAIR[1]) if pair else original)
+        elif isinstance(module, Deferred):
+            _put(plain, name, module.original)
+        elif isinstance(module, SavedModule):
+            original, saved = module.original, dict(module.saved.named_parameters())
+            for n, p in original.named_parameters():
+                p.data.copy_(saved[n].data)
+            _put(plain, name, original)
+    for p in plain.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return plain
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
