@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions, bernoulli, sigmoid
+
 Gated = tuple[Tensor, Tensor | None]
 
 
@@ -50,12 +52,6 @@ def softmax(logits: Tensor, temperature: float, top_k: int | None, noise: None, 
     return torch.softmax(logits / temperature, dim=-1), None
 
 
-def sigmoid(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
-    """sigmoid(logits / temperature), normalised to sum to one (Poly, Ponti et al. 2022, no noise)."""
-    values = torch.sigmoid(logits / temperature)
-    return values / (values.sum(dim=-1, keepdim=True) + 1e-12), None
-
-
 def top_k(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """softmax over the ``top_k`` largest logits, nothing for the rest (Shazeer et al. 2017, no noise)."""
     assert top_k is not None
@@ -70,6 +66,33 @@ def one_hot(logits: Tensor, temperature: float, top_k: int | None, noise: None, 
     return hard + (soft - soft.detach()), None
 
 
+def gumbel(
+    logits: Tensor, temperature: float, top_k: int | None, noise: Tensor | None, options: None
+) -> Gated:
+    """softmax((logits + G) / temperature), G standard Gumbel noise, one draw a task and step (Jang et al.
+    2017; Ye, Zha, Ren 2022, who draw it for each example). Without noise (in evaluation): the softmax."""
+    return torch.softmax(_with_gumbel(logits, noise) / temperature, dim=-1), None
+
+
+def gumbel_one_hot(
+    logits: Tensor, temperature: float, top_k: int | None, noise: Tensor | None, options: None
+) -> Gated:
+    """One on the largest of logits + G, with the gradient of ``gumbel`` (straight-through, Jang et al. 2017).
+
+    Each expert is drawn with its probability under the softmax of the logits; without noise the likeliest is.
+    """
+    return one_hot(_with_gumbel(logits, noise), temperature, top_k, None, None)
+
+
+def _with_gumbel(logits: Tensor, noise: Tensor | None) -> Tensor:
+    return logits if noise is None else logits - torch.log(-torch.log(noise.to(logits.dtype)))
+
+
+def raw(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
+    """The logits themselves: for routers that give gates (``fixed``, ``random``)."""
+    return logits, None
+
+
 def uniform(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """1 / E for every expert: the average-routing control."""
     return torch.full_like(logits, 1.0 / logits.shape[-1]), None
@@ -77,8 +100,12 @@ def uniform(logits: Tensor, temperature: float, top_k: int | None, noise: None, 
 
 GATES: dict[str, GateMethod] = {
     "softmax": GateMethod(softmax),
-    "sigmoid": GateMethod(sigmoid),
+    "sigmoid": GateMethod(sigmoid, Options=SigmoidOptions),
+    "bernoulli": GateMethod(bernoulli, noisy=True, Options=BernoulliOptions),
+    "gumbel": GateMethod(gumbel, noisy=True),
+    "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True),
     "top_k": GateMethod(top_k, uses=("router_temperature", "top_k")),
     "one_hot": GateMethod(one_hot),
+    "raw": GateMethod(raw, uses=()),
     "uniform": GateMethod(uniform, uses=()),
 }
