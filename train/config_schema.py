@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import io
 import math
-import tokenize
 import typing
-from types import ModuleType
 from typing import Any
 
 from taskmoe.moe import config as moe_config
@@ -17,6 +13,8 @@ from taskmoe.moe.config import ALIASES
 from taskmoe.train import config as train_config
 from taskmoe.train.config import Config
 from taskmoe.train.config_checks import RANGES, choices
+from taskmoe.train.config_choices import describe_choices
+from taskmoe.train.config_comments import field_comments
 from taskmoe.train.config_decode import hints, members, nullable, section
 from taskmoe.train.config_yaml import join
 
@@ -27,28 +25,10 @@ def schema() -> dict[str, Any]:
     """A JSON schema of the YAML: type, default, choices, range and description of every key."""
     comments = {**field_comments(moe_config), **field_comments(train_config)}
     built = _section(Config, "", comments)
+    built["properties"]["moe"] = describe_choices(built["properties"]["moe"])
     extends = {"type": "string", "description": "another YAML, relative to this one, that this one changes"}
     built["properties"] = {"extends": extends, **built["properties"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "taskmoe", **built}
-
-
-def field_comments(module: ModuleType) -> dict[tuple[str, str], str]:
-    """{(class, field): the comment on the field's line} of a module's classes."""
-    source = inspect.getsource(module)
-    on_line = {
-        token.start[0]: token.string.lstrip("# ").strip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)):
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                lines = range(item.lineno, (item.end_lineno or item.lineno) + 1)
-                comment = " ".join(on_line[n] for n in lines if n in on_line)
-                if comment:
-                    found[node.name, item.target.id] = comment
-    return found
 
 
 def _section(cls: type, path: str, comments: dict[tuple[str, str], str]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def shaken() -> Callable[..., TaskMoEModel]:
 
 
 def shake(model: TaskMoEModel, seed: int = 1) -> TaskMoEModel:
-    """Move every adapter tensor away from its start: zeros get values of ordinary size, the rest some noise."""
+    """Move every adapter tensor away from its start, which for many is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for group, parameters in model.parameter_groups().items():

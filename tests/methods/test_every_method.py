@@ -13,7 +13,6 @@ from taskmoe.train.config import ConfigError
 from taskmoe.train.task_gradients import TaskGradients
 
 
-
 def test_every_file_has_a_row_without_blanks(claims, methods):
     assert set(claims) == set(methods)
     for name, row in claims.items():

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.choices import SEAMS, readers_of
+from taskmoe.moe.config import ALIASES, TaskMoEConfig
+from taskmoe.moe.options import GENERAL, default_options
 from taskmoe.train import config_overrides
 from taskmoe.train.config import (
     Config,
@@ -24,10 +26,11 @@ from taskmoe.train.config import (
     TrackConfig,
 )
 from taskmoe.train.config_checks import CHOICES, RANGES, validate
+from taskmoe.train.config_comments import field_comments
 from taskmoe.train.config_decode import known_paths, leaves
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.config_io import dump, load
-from taskmoe.train.config_schema import field_comments, schema
+from taskmoe.train.config_schema import schema
 
 BASE = """\
 model: {type: llama, hidden_size: 32}
@@ -582,6 +585,7 @@ def test_schema_has_every_key_with_type_default_and_description() -> None:
         "minimum": 1,
         "default": 4,
         "description": "rank of one expert; rank-1 experts are r = 1",
+        "x-read-by": [f"{seam}: {name}" for seam, name in readers_of("r")],
     }
     assert at("warmup_ratio") == {"type": "number", "minimum": 0, "maximum": 1, "default": 0.03}
     assert at("max_grad_norm")["description"] == "0: no clipping"
@@ -600,6 +604,37 @@ def test_schema_describes_what_the_loader_accepts() -> None:
     validator = jsonschema.Draft202012Validator(schema())
     assert not list(validator.iter_errors(yaml.safe_load(dump(RICH))))
     assert list(validator.iter_errors({"learning_rat": 1}))
+
+
+def test_schema_says_which_choice_reads_which_key() -> None:
+    moe = schema()["properties"]["moe"]
+    for key, entry in moe["properties"].items():
+        readers = [f"{seam}: {name}" for seam, name in readers_of(ALIASES.get(key, key))]
+        assert readers or key in GENERAL or key.endswith("_options"), f"nothing reads {key}"
+        assert key in GENERAL or entry.get("x-read-by", []) == readers, key
+    assert moe["properties"]["top_k"]["x-read-by"] == ["gate: top_k"]
+    rules = {(seam, rule["if"]["properties"][seam]["const"]): rule["then"]
+             for rule in moe["allOf"] for seam in rule["if"]["properties"]}  # fmt: skip
+    for seam, methods in SEAMS.items():
+        for name, method in methods.items():
+            options = rules[seam, name]["properties"][f"{seam}_options"]
+            assert options["properties"].keys() == default_options(method).keys()
+            for option, entry in options["properties"].items():
+                assert entry.get("description"), f"{seam} {name}: option {option} has no comment on its line"
+
+
+def test_schema_refuses_an_option_of_another_choice() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.Draft202012Validator(schema())
+    for seam, methods in SEAMS.items():
+        for name in methods:
+            assert list(validator.iter_errors({"moe": {seam: name, f"{seam}_options": {"nobody": 1}}}))
+            assert not list(validator.iter_errors({"moe": {seam: name}}))
+
+
+def test_an_option_that_the_choice_does_not_have(write) -> None:
+    message = fails(load, write(BASE + "moe: {router_options: {depth: 2}}"))
+    assert "moe.router_options" in message and ("has no effect" in message or "unknown option" in message)
 
 
 def test_comments_of_fields() -> None:
