@@ -37,6 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "before, mlp": {**MLP, "compose": "before"},
     "before, mlp, heads": {**MLP, "compose": "before", "num_heads": 2},
     "before, top-k": {**MLP, "compose": "before", "gate": "top_k", "top_k": 2},
+    "adapter, mlp": {**MLP, "bank": "adapter"},
+    "adapter, top-k": {**MLP, "bank": "adapter", "gate": "top_k", "top_k": 2},
+    "generated": {"bank": "generated", "task_embedding_dim": 4, "bank_options": {"hidden": 5, "dim": 4}},
+    "fusion": {"bank": "fusion", "router": "none", "gate": "uniform"},
 }
 
 
