@@ -257,6 +257,7 @@ class GateBridge:
 
         After the first call: this bridge then takes its gradients after that part of the graph has run, too.
         """
+        assert self.calls, "the embeddings come first"
         return values + self._carrier
 
     def take_gradients(self) -> list[Tensor]:

@@ -1,0 +1,105 @@
+"""Prompts as a kind of experts: where they go, how long they are and where they start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taskmoe.moe.banks.base import Placement
+from taskmoe.moe.banks.prompt.entry import NAME, Prompts
+from taskmoe.moe.banks.prompt.layers import LayerPrompts, attentions, geometry
+from taskmoe.moe.banks.prompt.per_task import PromptOptions
+from taskmoe.moe.banks.prompt.site import Site, find_site
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.context import Context, use
+from taskmoe.moe.options import options_of
+from taskmoe.moe.tasks import TaskTable
+
+ENTRIES = {"input": Prompts, "layers": LayerPrompts}
+LAYER_STD = 0.02  # there is no token to start a key or a value from
+
+
+class PromptKind:
+    """A kind whose experts are prompts: ``bank(config, options, number of tasks, starts)``."""
+
+    def __init__(self, bank: Any) -> None:
+        self.bank = bank
+        self.uses: tuple[str, ...] = bank.uses
+        self.levels: tuple[str, ...] = bank.levels
+        self.Options = bank.Options
+
+    def place(
+        self,
+        model: nn.Module,
+        config: TaskMoEConfig,
+        table: TaskTable,
+        *,
+        example_inputs: Mapping[str, Any] | None = None,
+        dry_run: bool = True,
+    ) -> Placement:
+        """See :class:`taskmoe.moe.banks.base.BankKind`; one routing group, if the bank takes gates.
+
+        Raises:
+            ConfigError: options that cannot be used, a model that prompts cannot enter.
+        """
+        options = options_of("bank", config, self)
+        _check(options)
+        site = find_site(model)
+        owners = [getattr(hook, "__self__", None) for hook in site.body._forward_pre_hooks.values()]
+        if any(isinstance(owner, Prompts) for owner in owners):
+            raise ConfigError(
+                f"this {type(model).__name__} carries prompts already; attach once, to a fresh model"
+            )
+        if options.where == "layers":
+            attentions(site)
+        longest = getattr(site.body.config, "max_position_embeddings", None)
+        if longest is not None and options.length >= longest:
+            raise ConfigError(
+                f"moe.bank_options.length: {options.length} leaves no position of {longest} for the text; "
+                "make it shorter"
+            )
+        return Placement({}, [NAME] if self.levels else [], [])
+
+    def prepare(self, attached: Any) -> None:
+        """Build the prompts, as ``attached.prompts``, and let them in."""
+        config, site = attached.moe_config, find_site(attached.base_model)
+        options = options_of("bank", config, self)
+
+        def starts(count: int) -> Tensor:
+            return _starts(site, options, count)
+
+        bank = self.bank(config, options, len(attached.tasks), starts)
+        device = next(site.body.get_input_embeddings().parameters()).device  # type: ignore[operator]
+        attached.add_module(NAME, ENTRIES[options.where](bank.to(device), options.length, site))
+
+
+def _check(options: PromptOptions) -> None:
+    if options.where not in ENTRIES:
+        raise ConfigError(
+            f"moe.bank_options.where: {options.where!r} is unknown; known are {', '.join(ENTRIES)}"
+        )
+    if options.length < 1:
+        raise ConfigError(f"moe.bank_options.length: {options.length} must be at least 1")
+    for name in ("start_std", "factor_std"):
+        value = getattr(options, name, None)
+        if value is not None and value < 0:
+            raise ConfigError(f"moe.bank_options.{name}: {value} must be 0 or more")
+
+
+@torch.no_grad()
+def _starts(site: Site, options: PromptOptions, count: int) -> Tensor:
+    """The values at the start of ``count`` prompts: [count, l, W] float32 on the CPU."""
+    std = options.start_std
+    if options.where == "layers":
+        layers, heads, size = geometry(site)
+        std = LAYER_STD if std is None else std
+        return torch.randn(count, options.length, layers * 2 * heads * size) * std
+    embedding: Any = site.body.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.randint(embedding.num_embeddings, (count, options.length))
+    device = next(embedding.parameters()).device
+    with use(Context([0], enabled=False)):  # it may be one that trains, beside its original
+        values = embedding(ids.to(device)).float().cpu()
+    return values if std is None else torch.randn(values.shape) * std
