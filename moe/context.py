@@ -93,6 +93,7 @@ class Context:
         self.temperature = 1.0
         self.uniform = False  # the control: every expert alike
         self.instances: Tensor | None = None  # [B, D], an embedding of each sequence
+        self.vectors: Tensor | None = None  # [Tb, 1, D] of the tasks, for routers inside the layers
         self.shared: dict[int, Any] = {}  # between sibling linears, see moe/siblings.py
         self._plans: dict[int, Plan] = {}
 
@@ -111,6 +112,15 @@ class Context:
         if self.split is None:
             return tuple(p.unsqueeze(0) for p in parameters)
         return self.split(*parameters)
+
+    def task_ids(self, device: torch.device) -> Tensor:
+        """:attr:`tasks` as int64 [Tb] on ``device``."""
+        return torch.tensor(self.tasks).to(device, non_blocking=True)
+
+    def task_vectors(self) -> Tensor:
+        """[Tb, D], the vectors of :attr:`tasks` (for token-level routers that use ``representation``)."""
+        assert self.vectors is not None
+        return self.vectors.squeeze(1)
 
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).

@@ -121,7 +121,17 @@ class TaskMoEModel(nn.Module):
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
         if self.routing.router is not None:
             self._route(context, parts)
+        elif self.routing.representation is not None:
+            self._represent(context)
         return context
+
+    def _represent(self, context: Context) -> None:
+        """Give ``context`` the vectors of its tasks, and the bridge back to them."""
+        vectors_TD = self.routing.representation(context.task_ids(self.device))  # type: ignore[misc]
+        context.vectors = vectors_TD.unsqueeze(1)
+        if torch.is_grad_enabled() and vectors_TD.requires_grad:
+            context.bridge = GateBridge(vectors_TD[None, :, None])
+            context.vectors = context.bridge.leaves[0]
 
     def _route(self, context: Context, parts: Parts | None) -> None:
         """Give ``context`` the gates of its tasks, and the bridge back to the routers."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.kernels.low_rank import average
+from taskmoe.kernels.plan import Plan
 
 # Parameters of one bank -> [G, *shape] each, as the op takes them.
 Split = Callable[..., tuple[Tensor, ...]]
@@ -64,6 +65,12 @@ def _expanded(
     if view.requires_grad and parts.wants(parameter):
         view.register_hook(lambda gradient: parts.keep(parameter, tasks, halves, gradient))
     return view
+
+
+def by_row(values_GD: Tensor, plan: Plan) -> Tensor:
+    """[G, *shape], one for each task of ``plan`` (or [1, *shape] for all) -> [M, *shape] (or [1, *shape])."""
+    # Indexing, not index_select: its backward sorts, where the other's adds by atomics.
+    return values_GD if len(values_GD) == 1 else values_GD[plan.row_tasks(values_GD.device)]
 
 
 def average_by_task(bank_GErD: Tensor, weights_THE: Tensor) -> Tensor:

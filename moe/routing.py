@@ -16,6 +16,7 @@ from taskmoe.moe.options import options_of
 from taskmoe.moe.representations.kinds import REPRESENTATIONS
 from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
 
 
 class Routing(nn.Module):
@@ -27,7 +28,7 @@ class Routing(nn.Module):
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable) -> None:
         super().__init__()
-        method = ROUTERS.get(config.router) if groups else None
+        method = {**ROUTERS, **TOKEN_ROUTERS}[config.router] if groups else None
         self.groups, self.gate, self.top_k = list(groups), GATES[config.gate], config.top_k
         self.gate_options = options_of("gate", config, self.gate)
         self.temperature, self.seed, self.step = config.router_temperature, 0, 0
@@ -38,7 +39,8 @@ class Routing(nn.Module):
             if "representation" in method.uses:
                 self.representation = REPRESENTATIONS[config.representation](config, tasks)
             dim = 0 if self.representation is None else int(self.representation.dim)  # type: ignore[arg-type]
-            self.router = method(config, self.groups, tasks, dim)
+            if config.router in ROUTERS:
+                self.router = method(config, self.groups, tasks, dim)
 
     def forward(self, tasks: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tasks: [Tb] int64; noise: of :meth:`noise`, for the same tasks."""

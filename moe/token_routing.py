@@ -13,6 +13,7 @@ from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.context import Context, TokenGate
 from taskmoe.moe.gates import GATES
 from taskmoe.moe.options import options_of
+from taskmoe.moe.representations.kinds import vector_size
 from taskmoe.moe.tasks import TaskTable
 from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
 
@@ -22,7 +23,9 @@ class TokenRouting(nn.Module):
 
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, name: str) -> None:
         super().__init__()
-        self.router = TOKEN_ROUTERS[config.router](config, d_in, tasks)
+        method = TOKEN_ROUTERS[config.router]
+        dim = vector_size(config, tasks) if "representation" in method.uses else 0
+        self.router = method(config, d_in, tasks, dim)
         self.gate, self.top_k, self.name = GATES[config.gate], config.top_k, name
         self.gate_options = options_of("gate", config, self.gate)
         self.num_experts = config.num_experts

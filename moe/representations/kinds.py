@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from taskmoe.moe.config import TaskMoEConfig
+
 from taskmoe.moe.representations.learned import LearnedVectors
+from taskmoe.moe.tasks import TaskTable
 
 REPRESENTATIONS: dict[str, Any] = {
     "learned": LearnedVectors,
 }
+
+
+def vector_size(config: TaskMoEConfig, tasks: TaskTable) -> int:
+    """D of the representation that ``config`` names, without building it."""
+    with torch.device("meta"):
+        return int(REPRESENTATIONS[config.representation](config, tasks).dim)

@@ -1,7 +1,8 @@
 """Token-level routers by name: the rows of a layer -> logits over its experts.
 
-A router is built from ``(config, d_in, tasks)`` for each layer and called with ``(x_MK, context, plan)``: the
-rows that the layer reads. It returns logits [M, E]. It is a :class:`~taskmoe.moe.banks.base.Bank` of kind
+A router is built from ``(config, d_in, tasks, dim)`` for each layer and called with ``(x_MK, context, plan)``:
+the rows that the layer reads. ``dim`` is the size of the tasks' vectors, ``context.task_vectors()`` (0 unless
+``uses`` names ``representation``). It returns logits [M, E], or with ``gate: raw`` gates. It is a :class:`~taskmoe.moe.banks.base.Bank` of kind
 ``router``; parameters that tasks share go through ``context.split`` where there is one.
 """
 

@@ -30,7 +30,7 @@ class TokenLinearRouter(Bank):
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True
 
-    def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable) -> None:
+    def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(d_in)
         self.weight_E1K = nn.Parameter(torch.empty(config.num_experts, 1, d_in).uniform_(-bound, bound))
