@@ -37,14 +37,16 @@ def _options(method: Any, who: str) -> dict[str, Any]:
     if not known:
         return {**entry, "properties": {}, "additionalProperties": False}
     kinds = typing.get_type_hints(method.Options)
-    comments = field_comments(sys.modules[method.Options.__module__])
+    comments: dict[str, str] = {}
+    for cls in reversed(method.Options.__mro__[:-1]):  # options may be inherited
+        found = field_comments(sys.modules[cls.__module__])
+        comments.update({field: text for (owner, field), text in found.items() if owner == cls.__name__})
     properties = {}
     for name, default in known.items():
         listed = list(default) if isinstance(default, tuple) else default
         properties[name] = {**_type(kinds[name]), "default": listed}
-        comment = comments.get((method.Options.__name__, name))
-        if comment:
-            properties[name]["description"] = comment
+        if name in comments:
+            properties[name]["description"] = comments[name]
     return {**entry, "properties": properties, "additionalProperties": False}
 
 
