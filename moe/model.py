@@ -7,7 +7,7 @@ slots.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -252,8 +252,26 @@ class TaskMoEModel(nn.Module):
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Banks, routers, heads and saved modules, on the CPU, contiguous."""
+        return {n: p.detach().cpu().contiguous() for n, p in self.adapter_tensors().items()}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """{name: parameter or persistent buffer} of all that was attached."""
         groups = self.parameter_groups()
-        return {n: p.detach().cpu().contiguous() for g in GROUPS[1:] for n, p in groups[g]}
+        found: dict[str, Tensor] = {n: p for g in GROUPS[1:] for n, p in groups[g]}
+        for prefix, module in self.named_modules():
+            if isinstance(module, Bank):
+                found.update(
+                    (f"{prefix}.{n}", b)
+                    for n, b in module.named_buffers(recurse=False)
+                    if n not in module._non_persistent_buffers_set
+                )
+        return found
+
+    def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Call once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""
+        for module in self.modules():
+            if isinstance(module, Bank):
+                module.after_step(add_up)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_model.safetensors, adapter_config.json, task_map.json (:mod:`taskmoe.moe.state`)."""

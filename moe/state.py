@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
-from taskmoe.moe.model import GROUPS, TaskMoEModel, task_dims
+from taskmoe.moe.model import TaskMoEModel, task_dims
 from taskmoe.moe.tasks import TaskTable
 
 WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
@@ -90,8 +90,7 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
-    groups = model.parameter_groups()
-    own = {n: p for g in GROUPS[1:] for n, p in groups[g]}
+    own = model.adapter_tensors()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which the model does not"

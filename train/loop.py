@@ -193,6 +193,7 @@ class Run:
         if self._moved and not self._checked:
             self._check_gradients()
         norm = self.engine.step(rate)
+        self.model.after_step(all_sum)
         self.balancing.after_step(self.model, batches, counts)
         self._moved = self._moved or any(r > 0 for r in rate.values())
         self.step += 1

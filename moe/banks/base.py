@@ -6,10 +6,10 @@ A kind is a member of ``BANKS`` (``moe/banks/kinds.py``) with ``uses`` (the sett
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.tasks import TaskTable
@@ -22,12 +22,16 @@ class Bank(nn.Module):
     """A module that holds parameters of experts or of token-level routers.
 
     kind: their group for the optimiser. splits: whether they go through ``gate.split``, so that one backward
-    pass gives each task's gradient. task_dims: the axis of the tasks of each parameter that has one.
+    pass gives each task's gradient. task_dims: the axis of the tasks of each parameter that has one. Its
+    persistent buffers are saved with the adapter.
     """
 
     kind: ClassVar[str] = "experts"  # or router
     splits: ClassVar[bool] = False
     task_dims: ClassVar[dict[str, int]] = {}
+
+    def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Called once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""
 
 
 class Placement(NamedTuple):

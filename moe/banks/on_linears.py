@@ -63,19 +63,20 @@ class OnLinears:
             targets = {n: m for n, m in targets.items() if n in executed}
             if not targets:
                 raise ConfigError(f"moe.target_modules: a forward pass runs none of {', '.join(not_run[:4])}")
-        groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in targets))
+        named = {n: routing_group(n, config.router_scope) if self.levels else "" for n in targets}
+        groups = list(dict.fromkeys(named.values()))
         linears = {
-            n: self._linear(n, m, config, groups.index(routing_group(n, config.router_scope)), table)
+            n: self._linear(n, m, config, groups.index(named[n]) if self.levels else None, table)
             for n, m in targets.items()
         }
         for names in siblings:
             together = family([linears[n] for n in names])
             for name in names:
                 linears[name].siblings = together
-        return Placement({**linears}, groups, not_run)
+        return Placement({**linears}, groups if self.levels else [], not_run)
 
     def _linear(
-        self, name: str, linear: nn.Module, config: TaskMoEConfig, group: int, table: TaskTable
+        self, name: str, linear: nn.Module, config: TaskMoEConfig, group: int | None, table: TaskTable
     ) -> MoELinear:
         shape = features(linear)
         assert shape is not None
@@ -88,6 +89,11 @@ class OnLinears:
         device = next(chain(linear.parameters(), linear.buffers())).device
         bank = self.bank(config, d_in, d_out, rank_of(name, config), table)
         routing = None
-        if config.router in TOKEN_ROUTERS:
+        if self.levels and config.router in TOKEN_ROUTERS:
+            if "compose" in self.uses and config.compose != "after":
+                raise ConfigError(
+                    f"moe.compose: {config.compose!r} averages parameters, which router {config.router!r} would do "
+                    "for every token; use compose: after"
+                )
             routing = TokenRouting(config, d_in, table, name).to(device)
         return MoELinear(linear, bank.to(device), name, group, routing)
