@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from taskmoe.moe.banks.module.rows import arguments_of, can_be_cut, combine, used_experts
 from taskmoe.moe.banks.module.stack import ModuleStack, extend_cache, find_cache
-from taskmoe.moe.banks.module.targets import ATTENTION, PAIR
+from taskmoe.moe.banks.module.targets import PAIR, attends
 from taskmoe.moe.context import Context, Gate, RowSpaceError, TokenGate, current
 
 try:  # what a forward pass has been asked to record; private, so perhaps gone one day
@@ -41,9 +41,9 @@ class ModuleExperts(nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         self.original, self.stack, self.name, self.group, self.routing = original, stack, name, group, routing
-        self.attends = any(isinstance(getattr(m, "layer_idx", None), int) for m in original.modules())
+        self.caches = any(isinstance(getattr(m, "layer_idx", None), int) for m in original.modules())
         self.unseen: set[str] = set()  # what transformers cannot record, because copies run in its place
-        if self.attends or ATTENTION.search(name.rpartition(".")[2]):
+        if attends(name, original):
             self.unseen |= {"attentions", "cross_attentions"}
         if isinstance(self, GradientCheckpointingLayer):
             self.unseen.add("hidden_states")
@@ -77,7 +77,7 @@ class ModuleExperts(nn.Module):
 
     def _by_task(self, x: Tensor, args: tuple, kwargs: dict, context: Context, gate: Gate) -> Any:
         """Gates of a task: experts run on whole sequences."""
-        cache = find_cache(args, kwargs) if self.attends else None
+        cache = find_cache(args, kwargs) if self.caches else None
         lead = x.shape[:-1] if context.packed else x.shape[:1]
         plan = context.plan(lead, self.name)
         used = used_experts(context, self.group, gate)
@@ -107,6 +107,13 @@ class ModuleExperts(nn.Module):
         assert self.routing is not None
         gate: TokenGate = self.routing(x.reshape(plan.rows, -1), context, plan)
         E, M = self.stack.num_experts, plan.rows
+        for a in (*args, *kwargs.values()):
+            if isinstance(a, Tensor) and a.shape[:-1] != x.shape[:-1]:
+                raise RowSpaceError(
+                    f"{self.name}: tokens are routed one by one, but beside rows of leading shape "
+                    f"{tuple(x.shape[:-1])} it takes a tensor {tuple(a.shape)}; route by task, or choose "
+                    "modules that work token by token (of: ffn)"
+                )
         flat_args = [a.reshape(1, M, -1) if isinstance(a, Tensor) else a for a in args]
         flat_kwargs = {n: a.reshape(1, M, -1) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
         if gate.slots is None:

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from taskmoe.moe.banks.base import Placement
 from taskmoe.moe.banks.module.experts import Deferred, LayerExperts, ModuleExperts, PairExperts
 from taskmoe.moe.banks.module.stack import ModuleStack
-from taskmoe.moe.banks.module.targets import PAIR, Pair, find_modules
+from taskmoe.moe.banks.module.targets import PAIR, Pair, attends, find_modules
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.dry_run import executed_targets
 from taskmoe.moe.options import options_of
@@ -58,6 +58,11 @@ class Module:
         found = find_modules(model, options.of, options.first, options.every)
         _check_saved(config, found)
         for name, module in found.items():
+            if config.router in TOKEN_ROUTERS and attends(name, module):
+                raise ConfigError(
+                    f"moe.bank_options.of: {options.of!r} is {name}, where tokens see each other, and router "
+                    f"{config.router!r} routes them one by one; use of: ffn, or a router by task"
+                )
             fixed = next((n for n, p in module.named_parameters() if not p.is_floating_point()), None)
             if fixed is not None:
                 raise ConfigError(
@@ -103,11 +108,6 @@ def _check(config: TaskMoEConfig, options: Any) -> None:
         raise ConfigError(f"moe.bank_options.noise: {options.noise} must be 0 or more")
     if config.num_heads != 1:
         raise ConfigError(f"moe.num_heads: {config.num_heads} needs bank: low_rank; a module has no blocks")
-    if config.router in TOKEN_ROUTERS and options.of in ("layer", "attention"):
-        raise ConfigError(
-            f"moe.bank_options.of: {options.of!r} with router {config.router!r}, which routes tokens one by "
-            "one; use of: ffn, or a router by task"
-        )
 
 
 def _check_saved(config: TaskMoEConfig, found: Mapping[str, nn.Module]) -> None:

@@ -94,6 +94,12 @@ def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def attends(name: str, module: nn.Module) -> bool:
+    """Whether rows of one sequence see each other in it, by the names of its parts."""
+    named = ATTENTION.search(name.rpartition(".")[2]) is not None
+    return named or any(True for _ in _attention("", module))
+
+
 def _whole(name: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield name, layer
 

@@ -1,4 +1,4 @@
-"""generate() with module experts: a cache for each expert gives what no cache gives, and what squeezed models do."""
+"""generate() with module experts: a cache for each expert gives what no cache and what squeezed models give."""
 
 from __future__ import annotations
 
