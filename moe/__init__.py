@@ -11,6 +11,7 @@ from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import RowSpaceError, bind
 from taskmoe.moe.heads import attach_heads
 from taskmoe.moe.model import TaskMoEModel
+from taskmoe.moe.regularisation import penalty
 from taskmoe.moe.state import StateError, load_adapter
 from taskmoe.moe.tasks import Task, TaskError, TaskTable
 
@@ -27,4 +28,5 @@ __all__ = [
     "attach_heads",
     "bind",
     "load_adapter",
+    "penalty",
 ]

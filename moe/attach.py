@@ -9,10 +9,12 @@ from torch import nn
 
 from taskmoe.moe.banks.base import Bank, prepare
 from taskmoe.moe.banks.kinds import BANKS
-from taskmoe.moe.choices import check_choices
+from taskmoe.moe.choices import SEAMS, check_choices
 from taskmoe.moe.config import SCOPES, ConfigError, TaskMoEConfig
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
+from taskmoe.moe.regularisation import build_penalties
+from taskmoe.moe.regularisers.kinds import read_regularisers
 from taskmoe.moe.targets import saved_modules
 from taskmoe.moe.tasks import TaskTable
 
@@ -63,9 +65,16 @@ def check(config: TaskMoEConfig) -> None:
             f"moe.top_k: {config.top_k} must be between 2 and num_experts = {config.num_experts} "
             "(one renormalised expert has a constant gate: use gate: one_hot)"
         )
+    read_regularisers(config)
     if (config.router == "none") != (config.gate == "uniform"):
         raise ConfigError(
             f"moe.router: {config.router!r} with gate {config.gate!r}; router: none goes with gate: uniform"
+        )
+    wanted = getattr(SEAMS["router"][config.router], "gates", (config.gate,))
+    if BANKS[config.bank].levels and config.gate not in wanted:
+        raise ConfigError(
+            f"moe.gate: {config.gate!r} with router {config.router!r}, which goes with gate "
+            f"{' or '.join(wanted)} alone"
         )
 
 
@@ -115,6 +124,7 @@ def attach(
         _replace(model, name, module)
     attached = TaskMoEModel(model, config, table, placed.groups)
     prepare(kind, attached)
+    attached.penalties = build_penalties(attached)
     attached.set_trainable(("experts", "router", "task_embedding", "heads", "saved"))
     attached.not_run = placed.not_run
     return attached

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from torch.autograd.graph import get_gradient_edge
 from taskmoe.kernels.plan import Plan
 from taskmoe.moe.parts import Split
 from taskmoe.moe.tasks import TaskError
+
+if TYPE_CHECKING:
+    from taskmoe.moe.regularisation import Penalties
 
 
 class RowSpaceError(ValueError):
@@ -93,6 +96,9 @@ class Context:
         self.temperature = 1.0
         self.uniform = False  # the control: every expert alike
         self.instances: Tensor | None = None  # [B, D], an embedding of each sequence
+        self.penalties: Penalties | None = None  # terms that join the loss inside the layers
+        self.mask: Tensor | None = None  # [B, L], zero where a position is padding ...
+        self.mask_part: str | None = None  # ... of this part of the model; None: of all
         self.vectors: Tensor | None = None  # [Tb, 1, D] of the tasks, for routers inside the layers
         self.shared: dict[int, Any] = {}  # between sibling linears, see moe/siblings.py
         self._plans: dict[int, Plan] = {}
@@ -121,6 +127,10 @@ class Context:
         """[Tb, D], the vectors of :attr:`tasks` (for token-level routers that use ``representation``)."""
         assert self.vectors is not None
         return self.vectors.squeeze(1)
+
+    def penalise(self, x: Tensor, name: str, value: Tensor) -> Tensor:
+        """``x`` unchanged; in the backward pass regulariser ``name``, here ``value``, joins the loss."""
+        return x if self.penalties is None else self.penalties.add(x, name, value)
 
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from taskmoe.moe.parts import Parts, splitter
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.task_ids import check_batch, read_task_ids
 from taskmoe.moe.tasks import TaskTable
+
+if TYPE_CHECKING:
+    from taskmoe.moe.regularisation import Penalties
 
 GROUPS = ("base", "experts", "router", "task_embedding", "heads", "saved")
 
@@ -49,6 +52,7 @@ class TaskMoEModel(nn.Module):
         self.base_model = base_model
         self.routing = Routing(moe_config, groups, tasks)
         self.moe_config, self.tasks = moe_config, tasks
+        self.penalties: Penalties | None = None  # see moe/regularisation.py
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
         self.parts: Parts | None = None  # keeps the tasks' gradients apart in the forward passes from now on
@@ -57,6 +61,8 @@ class TaskMoEModel(nn.Module):
         for module in self._embeddings:
             module.register_forward_hook(_embedding_hook)
         self._entries = floating_inputs(base_model)
+        both = getattr(getattr(base_model, "config", None), "is_encoder_decoder", False)
+        self._mask_part = "encoder" if both else None  # attention_mask is of its rows
         self._main_input = str(getattr(base_model, "main_input_name", "input_ids"))
         self._parameters_in_order = [
             p.name
@@ -77,6 +83,7 @@ class TaskMoEModel(nn.Module):
         kwargs = self._named(args, kwargs)
         context = self.context(task_ids)
         context.instances = instance_embeddings
+        context.mask, context.mask_part = kwargs.get("attention_mask"), self._mask_part
         if task_ids is not None:
             check_batch(context, kwargs, self._main_input)
         bind_checkpointing(self._checkpointed)
@@ -118,6 +125,7 @@ class TaskMoEModel(nn.Module):
         context = Context(ids, halves=None if parts is None else parts.halves)
         context.temperature, context.uniform = self.routing.temperature, self._mode == "uniform"
         context.split = None if parts is None else splitter(parts, context.tasks, context.halves)
+        context.penalties = self.penalties if self.training else None
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
         if self.routing.router is not None:
             self._route(context, parts)

@@ -41,4 +41,6 @@ class TokenRouting(nn.Module):
             tiny = torch.finfo(torch.float32).eps / 2
             noise = torch.rand_like(logits_ME).clamp(tiny, 1 - tiny)
         values, slots = self.gate(logits_ME, context.temperature, self.top_k, noise, self.gate_options)
+        if context.penalties is not None:
+            values = context.penalties.on_tokens(values, slots, logits_ME, context, plan, self.name)
         return TokenGate(values, slots, context.split)

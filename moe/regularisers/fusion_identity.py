@@ -1,0 +1,27 @@
+"""The identity penalty of AdapterFusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from taskmoe.moe.banks.fusion import FusionAttention, TaskFusionAttention, identity_penalty
+from taskmoe.moe.regularisers.base import OfParameters
+
+
+class FusionIdentity(OfParameters):
+    """sum over layers of |I - Wv|_F^2 (Pfeiffer et al. 2021, arXiv 2005.00247, with weight 0.01).
+
+    With value matrices of each task's own: their mean, for each layer.
+    """
+
+    def reads(self, module: nn.Module) -> list[nn.Parameter]:
+        if isinstance(module, FusionAttention):
+            return [module.value_NN]
+        return [module.value_TNN] if isinstance(module, TaskFusionAttention) else []
+
+    def value(self, modules: Sequence[nn.Module]) -> Tensor:
+        values = [self.reads(m)[0] for m in modules]
+        return torch.stack([identity_penalty(v if v.dim() == 3 else v[None]) for v in values]).sum()
