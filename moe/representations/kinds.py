@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from taskmoe.moe.config import TaskMoEConfig
-
 from taskmoe.moe.representations.learned import LearnedVectors
 from taskmoe.moe.tasks import TaskTable
 
