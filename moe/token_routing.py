@@ -33,7 +33,9 @@ class TokenRouting(nn.Module):
     def forward(self, x_MK: Tensor, context: Context, plan: Plan) -> TokenGate:
         """x_MK: [M, K] floating."""
         if context.uniform:
-            gates = x_MK.new_full((len(x_MK), self.num_experts), 1 / self.num_experts)
+            # As much in all as the router gives: one, or what a router of gates says.
+            each = getattr(self.router, "total", 1.0) / self.num_experts
+            gates = x_MK.new_full((len(x_MK), self.num_experts), each)
             return TokenGate(gates, None, context.split)
         logits_ME = self.router(x_MK, context, plan)
         noise = None

@@ -10,8 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from taskmoe.moe.token_routers.arrow import ArrowRouter
+from taskmoe.moe.token_routers.clusters import TokenClusterRouter
 from taskmoe.moe.token_routers.linear import TokenLinearRouter
+from taskmoe.moe.token_routers.ranks import RanksRouter
+from taskmoe.moe.token_routers.with_task import (
+    GatePerTaskRouter,
+    TokenTaskConcatRouter,
+    TokenTaskSumRouter,
+)
 
 TOKEN_ROUTERS: dict[str, Any] = {
     "token_linear": TokenLinearRouter,
+    "token_task_sum": TokenTaskSumRouter,
+    "token_task_concat": TokenTaskConcatRouter,
+    "gate_per_task": GatePerTaskRouter,
+    "token_cluster": TokenClusterRouter,
+    "ranks": RanksRouter,
+    "arrow": ArrowRouter,
 }
