@@ -1,9 +1,9 @@
 """Terms that join the loss inside a layer: an identity whose backward pass adds their gradient.
 
-A term of activations cannot be collected by a hook or on the side: activation checkpointing would run it twice,
-or back-propagate through a graph that is gone. Here it is part of the graph of a tensor that the loss depends
-on. Where that part is recomputed, so is the term; where the gradient passes, once a forward pass, its own
-is added.
+A term of activations cannot be collected by a hook or on the side: activation checkpointing would run it
+twice, or back-propagate through a graph that is gone. Here it is part of the graph of a tensor that the loss
+depends on. Where that part is recomputed, so is the term; where the gradient passes, once a forward pass, its
+own is added.
 
 Legend: M rows, B sequences, L positions, E experts, k slots a row.
 """

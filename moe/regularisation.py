@@ -1,6 +1,7 @@
 """The regularisers of one model: what ``moe.regularisers`` adds to the loss.
 
-The term of a step is sum_i weight_i value_i, where the value of a term of activations is its mean over layers,
+The term of a step is sum_i weight_i value_i, where the value of a term of activations is its mean over
+layers,
 micro-batches and ranks. In a loop of your own:
 
     loss = model(**batch, task_ids=ids).loss + penalty(model, ids)
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from taskmoe.moe.config import ConfigError
 from taskmoe.moe.penalties import penalise, rows_of
 from taskmoe.moe.regularisers.base import OfParameters, OfRouting, OfTokens, Regulariser, Routed
-from taskmoe.moe.regularisers.kinds import read_regularisers
+from taskmoe.moe.regularisers.kinds import read_regularisers, refusal
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.task_ids import read_task_ids
 
@@ -62,7 +63,13 @@ class Penalties:
         return penalise(x, value, self.weights[name] * share, lambda v: self._note(name, v, share))
 
     def on_tokens(
-        self, values: Tensor, slots: Tensor | None, logits_ME: Tensor, context: Context, plan: Plan, layer: str
+        self,
+        values: Tensor,
+        slots: Tensor | None,
+        logits_ME: Tensor,
+        context: Context,
+        plan: Plan,
+        layer: str,
     ) -> Tensor:
         """The gates ``values`` [M, k] of a layer that routes tokens, with all its terms joined in."""
         if not self.tokens or not torch.is_grad_enabled():
@@ -80,15 +87,11 @@ class Penalties:
             ConfigError: names the term.
         """
         for name, term in self.terms.items():
-            key = f"moe.regularisers.{name}"
             if term.sort == "activations" and term.couples:
-                raise ConfigError(
-                    f"{key}: couples the rows of several tasks inside the layers, so it belongs to no task's "
-                    "gradient; leave it out, or surgery.method"
-                )
+                raise ConfigError(refusal(name))
             if term.sort == "activations" and way != "fused":
                 raise ConfigError(
-                    f"{key}: would join the loss once in each of surgery's passes (surgery.way is {way!r}); "
+                    f"moe.regularisers.{name}: would join the loss once in each of surgery's passes (surgery.way is {way!r}); "
                     "it needs the one pass of 'fused'"
                 )
 
@@ -120,7 +123,9 @@ class Penalties:
         self._seen[name] = before + value.double() * share, weight + share
 
     def read(self) -> dict[str, tuple[Tensor, float]]:
-        """{name: (sum of values, their number)} since the last call, on this rank; the mean is their quotient."""
+        """{name: (sum of values, their number)} since the last call, on this rank; the mean is their
+        quotient.
+        """
         seen, self._seen = self._seen, {}
         return seen
 
@@ -134,7 +139,8 @@ def routed(routing: Routing, ids: Sequence[int], tasks: Tensor, noise: Tensor | 
     """What terms of routing are given of these tasks.
 
     Args:
-        ids: task ids; ``tasks``: the same as [Tb] int64 where the routers are. noise: of ``routing.noise(ids)``.
+        ids: task ids; ``tasks``: the same as [Tb] int64 where the routers are. noise: of
+        ``routing.noise(ids)``.
     """
     logits = routing.logits(tasks)
     values, slots = routing.gate(logits, routing.temperature, routing.top_k, noise, routing.gate_options)

@@ -54,6 +54,7 @@ def check_surgery(config: Config, check: Decoder) -> None:
     surgery = config.surgery
     if surgery.method is None:
         return
+    from taskmoe.moe.regularisers.kinds import check_alone
     from taskmoe.train.surgery.choose import choose
     from taskmoe.train.surgery.direct import DIRECT
 
@@ -65,6 +66,7 @@ def check_surgery(config: Config, check: Decoder) -> None:
         raise check.fail("surgery.way", f"{message}, or surgery.scope to experts")
     try:
         choose(surgery.method, surgery.options)
+        check_alone(config.moe)
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         raise check.fail(key, message) from error

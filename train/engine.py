@@ -21,6 +21,7 @@ from taskmoe.train.checkpoint import CheckpointError
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.distributed import Ranks
 from taskmoe.train.schedule import Phase
+from taskmoe.train.step_regularisers import build_regularisers
 from taskmoe.train.step_surgery import build_surgery
 
 TAG = "optimiser"  # DeepSpeed's name for the one state in a checkpoint's deepspeed/ folder
@@ -70,6 +71,9 @@ class Engine:
         self.model, self.world_size = model, ranks.world_size
         self.parameters = {n: p for ps in groups.values() for n, p in ps}
         self.surgery = build_surgery(config.surgery, model, ranks, config.seed, self.gathered, self.stage)
+        self.regularisers = build_regularisers(
+            model, self.parameters, self.gathered, config.gradient_accumulation_steps
+        )
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -81,6 +85,8 @@ class Engine:
                 with self.surgery.gradients:
                     yield
                 self.surgery.finish()
+            if self.regularisers is not None:
+                self.regularisers.finish()
         if self.stage == 0:
             self.engine.allreduce_gradients()
 

@@ -34,10 +34,12 @@ from taskmoe.train.track.tracker import Tracker
 from taskmoe.train.weights import (
     all_weights,
     base_state,
+    fresh_weights,
     load_all_weights,
     load_base,
     refresh_saved_modules,
     save_base,
+    start_anew,
 )
 
 
@@ -182,6 +184,8 @@ class Run:
         weights_T = self.balancing.begin(self.step, self.model)
         if self.engine.surgery is not None:
             self.engine.surgery.begin(self.step, counts, parts)
+        if self.engine.regularisers is not None:
+            self.engine.regularisers.begin(counts)
         with self.engine.accumulate():
             for i, batch in enumerate(batches):
                 sums_T = learn(self.engine, batch, counts, weights_T, config, self.ranks.device, i)
@@ -206,6 +210,8 @@ class Run:
         rng = checkpoint.rng_state() if self.carried is not None else None
         with as_one():
             self.model = build_moe(self.config, self.data.tokenizer, self.tasks, self.ranks)
+            groups = phase.reinit if self.step == phase.start else ()
+            fresh = fresh_weights(self.model, groups)
             if self.carried is not None:
                 load_all_weights(self.model, self.carried)
             elif self.resumed is not None:
@@ -213,6 +219,7 @@ class Run:
                 load_adapter(self.model, self.resumed)
             if phase.index and self.step == phase.start and not self.phases[phase.index - 1].adapters:
                 refresh_saved_modules(self.model)
+            start_anew(self.model, fresh, groups)
         self.engine = Engine(self.model, self.config, phase, self.ranks)
         if rng is not None:
             checkpoint.set_rng_state(rng)
@@ -222,6 +229,8 @@ class Run:
                     self.engine.load(self.resumed / "deepspeed")
                 if self.engine.surgery is not None:
                     self.engine.surgery.load(self.resumed)
+                if self.engine.regularisers is not None:
+                    self.engine.regularisers.load(self.resumed)
             checkpoint.load_rng(self.resumed, self.ranks)
         else:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
@@ -272,6 +281,8 @@ class Run:
                 self.tracker.line(line)
         rates_T, weighed = self.batches.sampler.rates, surgery is None or surgery.weighs
         metrics.update(self.balancing.report(rates_T, self.meter, metrics, weighed=weighed))
+        if self.engine.regularisers is not None:
+            metrics.update(self.engine.regularisers.report())
         if norm is not None:
             metrics["train/grad_norm"] = norm
         self.tracker.log_train(self.step, metrics)
@@ -366,6 +377,8 @@ class Run:
             self.balancing.save(folder)
             if self.engine.surgery is not None:
                 self.engine.surgery.save(folder)
+            if self.engine.regularisers is not None:
+                self.engine.regularisers.save(folder)
 
     def _checkpoint_to_resume(self) -> Path | None:
         wanted = self.config.resume_from_checkpoint

@@ -20,6 +20,15 @@ from taskmoe.moe import TaskMoEModel
 from taskmoe.moe.routing import Routing
 
 
+def bare_routing(model: TaskMoEModel) -> Routing:
+    """The routing of ``model`` on the meta device, for ``functional_call`` with the weights of the step."""
+    with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
+        routing = Routing(model.moe_config, model.routing.groups, model.tasks)
+    for name in ("temperature", "seed", "step", "training"):  # noise: the same as in the step itself
+        setattr(routing, name, getattr(model.routing, name))
+    return routing
+
+
 class RouterGradients:
     """Sums of the gates' gradients, [S, H, k] a task.
 
@@ -64,10 +73,7 @@ class RouterGradients:
         own = {n.removeprefix(prefix): p for n, p in model.named_parameters() if n.startswith(prefix)}
         with self._gathered(own):
             weights = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
-        with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
-            routing = Routing(model.moe_config, model.routing.groups, model.tasks)
-        for name in ("temperature", "seed", "step", "training"):  # noise: the same as in the step itself
-            setattr(routing, name, getattr(model.routing, name))
+        routing = bare_routing(model)
         state = {**dict(model.routing.named_buffers()), **weights}
         ids = torch.tensor(tasks, device=next(iter(weights.values())).device)
         with torch.enable_grad():

@@ -90,6 +90,8 @@ class TaskGradients:
         if not self.scope.shared:
             raise ConfigError(f"surgery.scope: {scope!r} holds no trainable parameter that tasks share")
         self.way = choose_way(way, self.scope)
+        if model.penalties is not None:
+            model.penalties.check_surgery(self.way)
         if ranks is None and world_size() > 1:
             raise RuntimeError("several ranks run: give ranks, or each combines what it sees alone")
         shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self.scope.shared.items()}

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 # Of the published kernel: exp(-|x - y|^2 / (2 s)), summed over these s.
 BANDWIDTHS = (
-    1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 100.0, 1e3, 1e4, 1e5, 1e6,
+    1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 1e2, 1e3, 1e4, 1e5, 1e6,
 )  # fmt: skip
 
 
 def kl_distances(z_MR: Tensor, weights_TM: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Symmetric KL divergences of diagonal Gaussians fitted to each task's rows.
 
-    D(i, j) = (KL(i|j) + KL(j|i)) / 2 = 1/4 sum_d [v_i/v_j + v_j/v_i - 2 + (m_i - m_j)^2 (1/v_i + 1/v_j)], m and v
-    mean and (biased) variance plus eps; the logarithms of the two directions cancel.
+    D(i, j) = (KL(i|j) + KL(j|i)) / 2 = 1/4 sum_d [v_i/v_j + v_j/v_i - 2 + (m_i - m_j)^2 (1/v_i + 1/v_j)], m
+    and v mean and (biased) variance plus eps; the logarithms of the two directions cancel.
 
     Args:
         z_MR: [M, R]. weights_TM: [T, M], 1 where a row belongs to a task and counts.
@@ -51,7 +51,8 @@ def kl_distances(z_MR: Tensor, weights_TM: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def mmd_distances(z_MR: Tensor, weights_TM: Tensor, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Squared maximum mean discrepancies (biased) under a sum of Gaussian kernels; as :func:`kl_distances`."""
+    """Squared maximum mean discrepancies (biased) under a sum of Gaussian kernels; as :func:`kl_distances`.
+    """
     counts_T = weights_TM.sum(1)
     shares_TM = weights_TM / counts_T.clamp_min(1).unsqueeze(1)
     squares_MM = (z_MR.unsqueeze(1) - z_MR.unsqueeze(0)).square().sum(-1)
@@ -67,9 +68,10 @@ class Alignment(Regulariser):
     """Mean over pairs of tasks of D(z_i, z_j), z = A x of the tasks' tokens (Align-LoRA, arXiv 2508.05078).
 
     Computed where the bank computes, in each micro-batch; the term is the mean over layers and micro-batches.
-    z is taken before dropout and pooled over all tokens of a task that are no padding (the paper's code compares
-    position by position, padding included, and needs several sequences a task for that). A micro-batch
-    of one task adds nothing: mix tasks inside micro-batches. It depends on how a step is cut into micro-batches.
+    z is taken before dropout and pooled over all tokens of a task that are no padding (the paper's code
+    compares position by position, padding included, and needs several sequences a task for that). A
+    micro-batch of one task adds nothing: mix tasks inside micro-batches. It depends on how a step is cut into
+    micro-batches.
     """
 
     sort: ClassVar[str] = "activations"
@@ -79,7 +81,7 @@ class Alignment(Regulariser):
     @dataclass(frozen=True)
     class Options:
         distance: str = "kl"  # kl: of diagonal Gaussians | mmd: sum of Gaussian kernels
-        max_rows: int = 256  # mmd: rows of a micro-batch that are compared, evenly spaced; the cost is its square
+        max_rows: int = 256  # mmd: rows of a micro-batch that are compared, evenly spaced; it costs their square
         bandwidths: tuple[float, ...] = BANDWIDTHS  # mmd: s of exp(-d^2 / (2 s)), summed over
         eps: float = 1e-6  # kl: added to the variances
 

@@ -48,7 +48,8 @@ class Rows:
     """The rows of a layer that routes tokens.
 
     tasks_M: [M] int64, position of each row's task in ``tasks``. sequences_M: [M] int64, its sequence, out of
-    ``sequences``; of packed rows: its run of rows of one task. weights_M: [M], one for a row, zero for padding.
+    ``sequences``; of packed rows: its run of rows of one task. weights_M: [M], one for a row, zero for
+    padding.
     """
 
     tasks: Sequence[int]
@@ -61,8 +62,9 @@ class Rows:
 class Regulariser:
     """A member of ``REGULARISERS``, built from ``(options, config, tasks)``.
 
-    sort: routing | parameters | activations. absent: what a model lacks that has no place for it. couples: whether its gradient at a row of one task depends on
-    rows of others in a way that is no constant of the batch. signed: whether a weight below zero makes sense.
+    sort: routing | parameters | activations. absent: what a model lacks that has no place for it. couples:
+    whether its gradient at a row of one task depends on rows of others in a way that is no constant of the
+    batch. signed: whether a weight below zero makes sense.
     """
 
     sort: ClassVar[str]

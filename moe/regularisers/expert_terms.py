@@ -20,10 +20,11 @@ FACTORS = ("A_ErK", "B_ErN")
 
 
 class Orthogonality(OfParameters):
-    """|A^_e A^_f'|_F^2 / r for pairs of experts, A^ with rows of length one: 0 if the subspaces are orthogonal.
+    """|A^_e A^_f'|_F^2 / r for pairs of experts, A^ with rows of length one: 0 if the subspaces are
+    orthogonal.
 
-    O-LoRA (Wang et al. 2023, arXiv 2310.14152) sums the entries of A_e A_f' between tasks learned one after the
-    other; rows of length one keep the term from being met by shrinking A.
+    O-LoRA (Wang et al. 2023, arXiv 2310.14152) sums the entries of A_e A_f' between tasks learned one after
+    the other; rows of length one keep the term from being met by shrinking A.
     """
 
     @dataclass(frozen=True)

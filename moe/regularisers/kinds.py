@@ -56,3 +56,22 @@ def read_regularisers(
         filled = read_options(key, f"regulariser {name!r}", kind, options)
         found[name] = weight, kind(filled, config, TaskTable() if tasks is None else tasks)
     return found
+
+
+def check_alone(config: TaskMoEConfig) -> None:
+    """Refuse terms that couple tasks inside the layers, where the tasks' gradients are to be kept apart.
+
+    Raises:
+        ConfigError: names the term.
+    """
+    for name, (_, term) in read_regularisers(config).items():
+        if term.sort == "activations" and term.couples:
+            raise ConfigError(refusal(name))
+
+
+def refusal(name: str) -> str:
+    """Why a term that couples tasks does not go with surgery."""
+    return (
+        f"moe.regularisers.{name}: couples the rows of several tasks inside the layers, so it belongs to no "
+        "task's gradient; leave it out, or surgery.method"
+    )

@@ -23,7 +23,8 @@ class ZLoss(OfRouting):
 
 
 class Entropy(OfRouting):
-    """-sum_e p_e log p_e of a task's shares, in nats: a weight above 0 sharpens routes, below 0 levels them."""
+    """-sum_e p_e log p_e of a task's shares, in nats: a weight above 0 sharpens routes, below 0 levels them.
+    """
 
     signed: ClassVar[bool] = True
 

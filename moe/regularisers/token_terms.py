@@ -18,8 +18,8 @@ from taskmoe.moe.tasks import TaskError, TaskTable
 
 
 class TokenBalance(OfTokens):
-    """E sum_e f_e P_e: f_e the share of gates that are not zero which expert e has (no gradient), P_e the mean of
-    softmax(logits) (Switch Transformers, Fedus et al. 2022, arXiv 2101.03961).
+    """E sum_e f_e P_e: f_e the share of gates that are not zero which expert e has (no gradient), P_e the
+    mean of softmax(logits) (Switch Transformers, Fedus et al. 2022, arXiv 2101.03961).
 
     For gates without zeros f is level and the term is constant: it is meant for top-k and one-hot gates.
     """
@@ -49,7 +49,9 @@ class TokenZLoss(OfTokens):
 
 
 class TokenCV(OfTokens):
-    """Var_e(I_e) / mean_e(I_e)^2 of the importance I_e = sum of gates (Shazeer et al. 2017, arXiv 1701.06538)."""
+    """Var_e(I_e) / mean_e(I_e)^2 of the importance I_e = sum of gates (Shazeer et al. 2017, arXiv
+    1701.06538).
+    """
 
     couples: ClassVar[bool] = True
 
@@ -62,8 +64,8 @@ class LocalisedBalance(OfTokens):
     """Var(Z) / mean(Z), Z = I * Q (LoRAMoE, Dou et al. 2024, arXiv 2312.09979).
 
     Q_eb: mean gate of expert e over the tokens of sequence b (theirs is the sum, so that long sequences count
-    more). I_eb = 1 + delta if expert and sequence are of one kind, else 1 - delta. The first ``experts`` experts
-    and the tasks named in ``tasks`` are one kind, all others the second.
+    more). I_eb = 1 + delta if expert and sequence are of one kind, else 1 - delta. The first ``experts``
+    experts and the tasks named in ``tasks`` are one kind, all others the second.
 
     Z is level where Q is proportional to 1 / I: as the paper writes it, delta above 0 draws matching gates
     *below* the others. A delta below 0 turns that round.

@@ -18,15 +18,16 @@ from taskmoe.moe.tasks import TaskTable
 
 
 class WindowBalance(OfRouting):
-    """E sum_e f_e P_e, the mean over groups and heads (Switch Transformers, Fedus et al. 2022, arXiv 2101.03961).
+    """E sum_e f_e P_e, the mean over groups and heads (Switch Transformers, Fedus et al. 2022, arXiv
+    2101.03961).
 
     P_e: mean share of expert e over the tasks of the step. f_e (no gradient): mean over all tasks seen so far
     of the running mean of each task's gates, normalised to sum to one. Least, 1, where f is level.
 
-    f is not taken over the batch, as it is for tokens: a batch may hold one task, or a few, and a task may well
-    need one expert alone. Balanced batches would mean that every task uses every expert. Over the window each
-    task counts once, and as long as the experts are used alike by the tasks together the gradient is zero,
-    however few tasks a batch holds.
+    f is not taken over the batch, as it is for tokens: a batch may hold one task, or a few, and a task may
+    well need one expert alone. Balanced batches would mean that every task uses every expert. Over the window
+    each task counts once, and as long as the experts are used alike by the tasks together the gradient is
+    zero, however few tasks a batch holds.
     """
 
     @dataclass(frozen=True)
