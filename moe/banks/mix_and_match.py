@@ -17,7 +17,8 @@ from taskmoe.moe.tasks import TaskTable
 
 
 class MixAndMatchBank(CoreBank):
-    """y + s * sum_ij G[i, j] b_j (a_i x): a gate for each pair of a row of A and a row of B (T-REX, 2404.08985).
+    """y + s * sum_ij G[i, j] b_j (a_i x): a gate for each pair of a row of A and one of B (T-REX, arXiv
+    2404.08985).
 
     ``r`` rows of A; ``num_experts`` pairs, so num_experts / r rows of B; pair (i, j) is expert i * Q + j.
 
@@ -31,8 +32,8 @@ class MixAndMatchBank(CoreBank):
         super().__init__(config, d_in, r)
         if config.num_experts % r:
             raise ConfigError(
-                f"moe.num_experts: {config.num_experts} pairs of {r} rows of A (moe.r) with rows of B; make it a "
-                f"multiple of {r}"
+                f"moe.num_experts: {config.num_experts} pairs of {r} rows of A (moe.r) with rows of B; "
+                f"make it a multiple of {r}"
             )
         self.B_QN = nn.Parameter(torch.zeros(config.num_experts // r, d_out))
 

@@ -92,8 +92,8 @@ class OnLinears:
         if self.levels and config.router in TOKEN_ROUTERS:
             if "compose" in self.uses and config.compose != "after":
                 raise ConfigError(
-                    f"moe.compose: {config.compose!r} averages parameters, which router {config.router!r} would do "
-                    "for every token; use compose: after"
+                    f"moe.compose: {config.compose!r} averages parameters, which router {config.router!r} "
+                    "would do for every token; use compose: after"
                 )
             routing = TokenRouting(config, d_in, table, name).to(device)
         return MoELinear(linear, bank.to(device), name, group, routing)

@@ -1,4 +1,7 @@
-"""Rank-1 experts whose first factors are their own keys (MoRAM). Legend: M rows, K d_in, N d_out, R experts."""
+"""Rank-1 experts whose first factors are their own keys (MoRAM).
+
+Legend: M rows, K d_in, N d_out, R experts, k of them a row.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def dense_gates(gate: TokenGate, num_experts: int, dtype: torch.dtype) -> Tensor
 def expand_gated(
     h_Mr: Tensor, y_MN: Tensor, B_GErN: Tensor, gate: Gate | TokenGate, scale: float, plan: Plan
 ) -> Tensor:
-    """``y + scale * sum_e g_e B_e^T h``: E experts that read the same rank-space rows, gated by task or token.
+    """``y + scale * sum_e g_e B_e^T h``: E experts that read the same rows, gated by task or token.
 
     Args:
         h_Mr: float32, or float64.

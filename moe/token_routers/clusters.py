@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 class TokenClusterRouter(Bank):
     """g = out * (w * E * softmax(W x) + (1 - w) * cluster_scale * C e) (MoR1E / T-REX, arXiv 2404.08985).
 
-    w = sigmoid(speed * omega), how much the token counts beside the instance; out = sigmoid(speed * beta), how
-    much all experts count beside the base. The two learned scalars, omega_1 and beta_1, start at 0, so that
+    w = sigmoid(speed * omega): how much the token counts beside the instance. out = sigmoid(speed * beta): how much
+    all experts count beside the base. The two learned scalars, omega_1 and beta_1, start at 0, so that
     both shares are 1/2; ``speed`` makes them learn as if their learning rate were ``speed`` times as high. e
     is the embedding of the row's sequence (``instance_embeddings`` of the model's forward), C the centroids
     of the training instances: similarities are taken as they are, and may be negative.
 
-    weight_E1K: [E, 1, K], zero, as in the paper; omega_1, beta_1: [1], zero; all float32. centroids_ED: [E, D],
-    a buffer saved with the adapter, zero until :func:`set_centroids`.
+    weight_E1K: [E, 1, K], zero, as in the paper; omega_1, beta_1: [1], zero; all float32. centroids_ED: [E,
+    D], a buffer saved with the adapter, zero until :func:`set_centroids`.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts", "router_temperature")
@@ -78,7 +78,7 @@ class TokenClusterRouter(Bank):
         """[M, E], cluster_scale * C e of each row's sequence."""
         e_BD, B = context.instances, context.num_sequences
         if context.packed:
-            raise RowSpaceError("moe.router: 'token_cluster' takes one instance a sequence; set packing: false")
+            raise RowSpaceError("token_cluster takes one instance a sequence; set data.packing to false")
         if e_BD is None or e_BD.shape != (B, self.options.dim):
             found = "none" if e_BD is None else str(tuple(e_BD.shape))
             raise TaskError(
@@ -105,8 +105,8 @@ def set_centroids(model: TaskMoEModel, centroids_ED: Tensor) -> None:
     for router in routers:
         if centroids_ED.shape != router.centroids_ED.shape:
             raise ConfigError(
-                f"centroids are {tuple(centroids_ED.shape)}; moe.num_experts and moe.router_options.dim ask for "
-                f"{tuple(router.centroids_ED.shape)}"
+                f"centroids are {tuple(centroids_ED.shape)}; moe.num_experts and moe.router_options.dim ask "
+                f"for {tuple(router.centroids_ED.shape)}"
             )
     for router in routers:
         router.centroids_ED.copy_(centroids_ED)
