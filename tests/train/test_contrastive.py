@@ -144,7 +144,7 @@ def test_settings_are_checked():
 
 
 def halves_of_a_batch(rank: int | None) -> dict:
-    """The whole case, or the part of a rank: four queries on one, three on the other, and their candidates."""
+    """The whole case, or the part of a rank: four queries on one, three on the other, and their texts."""
     case = make()
     generator = torch.Generator().manual_seed(9)
     case["mix"] = torch.randn(5, 5, generator=generator, dtype=torch.float64)
