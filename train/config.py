@@ -103,7 +103,9 @@ class PhaseConfig:
     router_learning_rate: float | None = None
     task_embedding_learning_rate: float | None = None
     base_learning_rate: float | None = None
-    router_temperature: tuple[float, float] | None = None  # from, to (linear over the phase)
+    router_temperature: tuple[float, float] | None = None  # from, to, over the phase
+    router_temperature_schedule: str = "linear"  # linear | exponential: the same factor every step
+    reinit: tuple[str, ...] = ()  # groups that start anew as the phase begins: experts, router, ...
     restart_schedule: bool = False  # warm-up and decay begin anew here; False: one schedule over the run
 
 

@@ -15,7 +15,7 @@ from taskmoe.train.config_decode import Decoder, leaves
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.config_methods import check_balancing, check_moe, check_moe_names, check_surgery
 from taskmoe.train.mixing import MIXTURES
-from taskmoe.train.schedule import GROUPS, SCHEDULES, resolve_phases
+from taskmoe.train.schedule import GROUPS, REINIT, SCHEDULES, TEMPERATURES, resolve_phases
 
 FORMATS = (
     "auto",
@@ -41,6 +41,8 @@ CHOICES: dict[str, Collection[str]] = {
     "mixing.strategy": MIXTURES,
     "phases.*.mixing.strategy": MIXTURES,
     "phases.*.train": GROUPS,
+    "phases.*.reinit": REINIT,
+    "phases.*.router_temperature_schedule": TEMPERATURES,
     "optim": ("adamw_torch", "sgd"),
     "lr_scheduler_type": SCHEDULES,
     "loss_reduction": ("token", "task", "sample"),

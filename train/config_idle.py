@@ -6,6 +6,7 @@ Setting one of them is an error: a run that ignores without a word what it was t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from taskmoe.train.config import Config, MixingConfig
 
@@ -44,8 +45,15 @@ def _experts(config: Config) -> Iterator[Rule]:
     chosen = choices_in_use(config.moe)
     no_vectors = f"moe.router is {config.moe.router!r}, which takes no vectors of tasks"
     yield "task_embedding_learning_rate", "representation" not in chosen, no_vectors
-    nothing = "router" not in chosen or config.moe.router == "none"
-    yield "router_learning_rate", nothing, f"moe.router is {config.moe.router!r}"
+    nothing = f"moe.router is {config.moe.router!r}, which has no parameters"
+    yield "router_learning_rate", not _trains(chosen.get("router")), nothing
+    frozen = f"moe.representation is {config.moe.representation!r}, which does not train"
+    yield "task_embedding_learning_rate", not _trains(chosen.get("representation")), frozen
+
+
+def _trains(method: Any) -> bool:
+    """Whether a router or representation is in use and has parameters."""
+    return method is not None and getattr(method, "trains", True)
 
 
 def _data(config: Config) -> Iterator[Rule]:
@@ -93,10 +101,13 @@ def _balancing(config: Config) -> Iterator[Rule]:
 
 
 def _surgery(config: Config, trained: set[str]) -> Iterator[Rule]:
+    from taskmoe.moe.choices import choices_in_use
+
     surgery = config.surgery
     for key in ("options", "scope", "way", "refresh_every", "max_tasks", "matrix_steps"):
         yield f"surgery.{key}", surgery.method is None, "surgery.method is not set"
-    routers = "router" in trained and config.moe.router not in ("none", "task_table")
+    router = choices_in_use(config.moe).get("router")
+    routers = "router" in trained and _trains(router) and getattr(router, "shares", True)
     shared = {"experts": "experts" in trained, "routers": routers}
     nothing = f"no phase trains {surgery.scope} that tasks share"
     yield "surgery.scope", not shared.get(surgery.scope, True), nothing
@@ -112,17 +123,25 @@ def _phase(config: Config, i: int) -> Iterator[Rule]:
     from taskmoe.moe.choices import choices_in_use
 
     phase, here = config.phases[i], f"phases.{i}"
-    moe = config.moe
+    moe, chosen = config.moe, choices_in_use(config.moe)
     yield f"{here}.base_learning_rate", "base" not in phase.train, "the phase does not train the base"
     router = bool({"router", "task_embedding"} & set(phase.train))
     yield f"{here}.router_learning_rate", not router, "the phase does not train the router"
-    yield f"{here}.router_learning_rate", moe.router == "none", "moe.router is 'none'"
+    nothing = f"moe.router is {moe.router!r}, which has no parameters"
+    yield f"{here}.router_learning_rate", not _trains(chosen.get("router")), nothing
     embedding = f"{here}.task_embedding_learning_rate"
     yield embedding, "task_embedding" not in phase.train, "the phase does not train the task embedding"
-    no_vectors = "representation" not in choices_in_use(moe)
-    yield embedding, no_vectors, f"moe.router is {moe.router!r}, which takes no vectors of tasks"
-    yield f"{here}.router_temperature", not phase.adapters, f"{here}.adapters is false"
-    yield f"{here}.router_temperature", moe.gate == "uniform", "moe.gate is 'uniform'"
+    no_vectors = f"moe.router is {moe.router!r}, which takes no vectors of tasks"
+    yield embedding, "representation" not in chosen, no_vectors
+    frozen = f"moe.representation is {moe.representation!r}, which does not train"
+    yield embedding, not _trains(chosen.get("representation")), frozen
+    for key in ("router_temperature", "router_temperature_schedule"):
+        yield f"{here}.{key}", not phase.adapters, f"{here}.adapters is false"
+        cold = "gate" not in chosen or "router_temperature" not in chosen["gate"].uses
+        yield f"{here}.{key}", cold, f"moe.gate is {moe.gate!r}"
+    constant = phase.router_temperature is None
+    yield f"{here}.router_temperature_schedule", constant, f"{here}.router_temperature is not set"
+    yield f"{here}.reinit", i == 0, "the first phase starts from fresh weights in any case"
     yield f"{here}.restart_schedule", i == 0, "the first phase begins the schedule in any case"
     if phase.mixing is not None:
         yield from _mixing(f"{here}.mixing", phase.mixing)

@@ -10,6 +10,7 @@ from taskmoe.train.config import Config, ConfigError, MixingConfig
 
 # The optimiser's groups. `heads` are classification heads, `saved` are copies of modules_to_save.
 GROUPS = ("base", "experts", "router", "task_embedding", "heads", "saved")
+REINIT = ("experts", "router", "task_embedding", "heads", "saved")  # those that can start anew
 # A router reads logits from parameters that start near zero; at the experts' rate it hardly moves.
 ROUTER_FACTOR = 10.0
 
@@ -54,6 +55,8 @@ class Phase:
     mixing: MixingConfig
     learning_rates: dict[str, float]  # of every group, at the top of the schedule
     router_temperature: tuple[float, float]  # at start and at end
+    temperature_schedule: str
+    reinit: tuple[str, ...]
     schedule_start: int  # the learning-rate schedule this phase is part of: from here
     schedule_end: int  # to here
 
@@ -62,10 +65,10 @@ class Phase:
         return self.end - self.start
 
     def temperature(self, step: int) -> float:
-        """The routers' temperature at ``step``: linear from the first step of the phase to the last."""
-        low, high = self.router_temperature
+        """The routers' temperature at ``step``, from the first step of the phase to the last."""
         last = max(1, self.steps - 1)
-        return low + (high - low) * min(1.0, max(0.0, (step - self.start) / last))
+        share = min(1.0, max(0.0, (step - self.start) / last))
+        return TEMPERATURES[self.temperature_schedule](*self.router_temperature, share)
 
 
 def resolve_phases(config: Config) -> list[Phase]:
@@ -101,6 +104,8 @@ def resolve_phases(config: Config) -> list[Phase]:
                 mixing=_with_dataset_weights(phase.mixing or config.mixing, config),
                 learning_rates=_learning_rates(config, i),
                 router_temperature=(float(temperature[0]), float(temperature[1])),
+                temperature_schedule=phase.router_temperature_schedule,
+                reinit=tuple(group for group in REINIT if group in phase.reinit),
                 schedule_start=max(s for s in restarts if s <= starts[i]),
                 schedule_end=min(s for s in restarts if s > starts[i]),
             )
@@ -189,6 +194,19 @@ def _with_dataset_weights(mixing: MixingConfig, config: Config) -> MixingConfig:
     weights = {d.name: d.weight for d in config.datasets if d.weight is not None and d.name is not None}
     return replace(mixing, weights=weights or None)
 
+
+def _linear_between(start: float, end: float, share: float) -> float:
+    return start + (end - start) * share
+
+
+def _exponential_between(start: float, end: float, share: float) -> float:
+    return start ** (1 - share) * end**share
+
+
+TEMPERATURES: dict[str, Callable[[float, float, float], float]] = {
+    "linear": _linear_between,
+    "exponential": _exponential_between,
+}
 
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "linear": linear,

@@ -5,6 +5,7 @@ Under ZeRO-3 parameters must be gathered (``Engine.gathered``) while these run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -85,4 +86,20 @@ def refresh_saved_modules(model: TaskMoEModel) -> None:
     have trained."""
     for module in model.modules():
         if hasattr(type(module), "copies"):
+            module.refresh()  # type: ignore[operator]
+
+
+def fresh_weights(model: TaskMoEModel, groups: Sequence[str]) -> dict[str, Tensor]:
+    """Copies of the parameters of some groups of a model that was just built."""
+    return {n: p.detach().clone() for g in groups for n, p in model.parameter_groups()[g]}
+
+
+def start_anew(model: TaskMoEModel, fresh: dict[str, Tensor], groups: Sequence[str]) -> None:
+    """Copy :func:`fresh_weights` back; copies of the base's modules start from the base as it is now."""
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in fresh.items():
+            own[name].copy_(value)
+    for module in model.modules():
+        if getattr(type(module), "copies", None) in groups:
             module.refresh()  # type: ignore[operator]

@@ -7,18 +7,33 @@ names ``representation``). It returns logits [S, Tb, H, E] and is a function of 
 parameters and the task alone. Its parameters are stacked over the S groups, so that every rank touches every
 tensor in every step whatever its tasks are. ``task_dims`` names the axis of the tasks of each parameter that
 has one: there a table of tasks grows.
+
+``gates`` names the gates that it goes with (default: any), ``trains`` says that it has parameters (default),
+``shares`` that tasks share them (default).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from taskmoe.moe.routers.fixed import FixedRouter
+from taskmoe.moe.routers.linear import TaskLinearRouter
 from taskmoe.moe.routers.mlp import TaskMLPRouter
 from taskmoe.moe.routers.none import NoRouter
+from taskmoe.moe.routers.random_tasks import RandomTaskRouter
+from taskmoe.moe.routers.recurrent import RecurrentRouter
+from taskmoe.moe.routers.shared_mlp import SharedMLPRouter
 from taskmoe.moe.routers.table import TaskTableRouter
+from taskmoe.moe.routers.transformer import TransformerRouter
 
 ROUTERS: dict[str, Any] = {
     "task_table": TaskTableRouter,
     "task_mlp": TaskMLPRouter,
+    "task_linear": TaskLinearRouter,
+    "shared_mlp": SharedMLPRouter,
+    "recurrent": RecurrentRouter,
+    "transformer": TransformerRouter,
+    "fixed": FixedRouter,
+    "random_tasks": RandomTaskRouter,
     "none": NoRouter,
 }

@@ -17,6 +17,7 @@ class NoRouter(nn.Module):
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope")
     task_dims: ClassVar[dict[str, int]] = {}
+    trains: ClassVar[bool] = False
     zero: Tensor
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:

@@ -24,6 +24,7 @@ class TaskTableRouter(nn.Module):
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope", "router_init_std")
     task_dims: ClassVar[dict[str, int]] = {"logits_STHE": 1}
+    shares: ClassVar[bool] = False  # a row belongs to one task
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()

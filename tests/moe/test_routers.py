@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from taskmoe.moe import TaskMoEConfig, attach
+from taskmoe.moe import ConfigError, TaskMoEConfig, attach
 from taskmoe.moe.model import task_dims
 from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.tasks import TaskTable
 
 GROUPS, TASKS, HEADS, EXPERTS, DIM = 3, 5, 2, 4, 6
-CONFIG = TaskMoEConfig(num_experts=EXPERTS, num_heads=HEADS, router_hidden_dim=7)
+CONFIG = TaskMoEConfig(num_experts=EXPERTS, num_heads=HEADS, router_hidden_dim=8)
+OPTIONS = {"fixed": {"experts": {"task-[135]": 1, "*": 3}}, "random_tasks": {"experts": 2}}
 VECTORS = torch.randn(TASKS, DIM, generator=torch.Generator().manual_seed(0))
 
 
-def build(name, config=CONFIG, groups=GROUPS, num_tasks=TASKS):
+def build(name, config=CONFIG, groups=GROUPS, num_tasks=TASKS, **options):
     tasks = TaskTable.from_names([f"task-{i}" for i in range(num_tasks)])
+    config = replace(config, router=name, router_options=options or OPTIONS.get(name))
     return ROUTERS[name](config, [f"layers.{i}" for i in range(groups)], tasks, DIM)
 
 
@@ -37,11 +40,12 @@ def test_logits_of_the_tasks_asked_for(router):
 
 def test_every_tensor_gets_a_gradient_whatever_the_tasks_are(router):
     logits = router(torch.tensor([3]), VECTORS[3:4])
+    assert bool(list(router.parameters())) == getattr(type(router), "trains", True)
     if not list(router.parameters()):
-        assert not logits.any()
+        assert not logits.requires_grad
         return
-    logits.square().sum().backward()
-    assert all(p.grad is not None for p in router.parameters())
+    (logits * torch.randn_like(logits)).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in router.parameters())
 
 
 def test_the_task_axis_has_the_size_of_the_table(router):
@@ -75,14 +79,33 @@ def test_the_mlp_by_hand():
             hidden = [
                 sum(float(vectors[2, d] * router.w1_SDF[s, d, f]) for d in range(DIM))
                 + float(router.b1_SF[s, f])
-                for f in range(7)
+                for f in range(8)
             ]
             hidden = [v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in hidden]
             for h in range(HEADS):
                 for e in range(EXPERTS):
                     column = h * EXPERTS + e
-                    logit = sum(hidden[f] * float(router.w2_SFE[s, f, column]) for f in range(7))
+                    logit = sum(hidden[f] * float(router.w2_SFE[s, f, column]) for f in range(8))
                     assert float(found[s, 0, h, e]) == pytest.approx(logit + float(router.b2_SE[s, column]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"router": "fixed"}, "moe.gate: 'softmax' with router 'fixed', which goes with gate raw alone"),
+        ({"router": "random_tasks", "gate": "top_k", "top_k": 2}, "moe.gate: 'top_k' with router 'random_ta"),
+        (
+            {"router": "random_tasks", "gate": "raw", "router_options": {"experts": 9}},
+            "moe.router_options.experts: 9 must be between 1 and num_experts = 8",
+        ),
+        ({"router": "recurrent", "router_scope": "model"}, "moe.router_scope: 'model' makes one routing gr"),
+        ({"router": "recurrent", "router_options": {"cell": "gr"}}, "moe.router_options.cell: 'gr' is unkn"),
+        ({"router": "transformer", "router_options": {"heads": 3}}, "moe.router_options.heads: 3 does not"),
+    ],
+)
+def test_routers_refuse_what_they_cannot_use(settings, message, tiny):
+    with pytest.raises(ConfigError, match=message):
+        attach(tiny("llama"), TaskMoEConfig(**settings), 3, dry_run=False)
 
 
 def test_no_router_follows_the_models_dtype():

@@ -1,0 +1,84 @@
+"""A map from tasks to experts that is given, not learned.
+
+Legend: S routing groups, T tasks, Tb tasks in this batch, H heads, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.options import options_of
+from taskmoe.moe.tasks import Task, TaskTable
+
+
+class FixedRouter(nn.Module):
+    """Each task has one expert, in every group (SciMult, Zhang et al. 2023: an expert for each kind of task).
+
+    route_TE: [T, E], ones where the expert is the task's; it follows from the settings and is not saved. The
+    gate is ``raw``.
+    """
+
+    uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope")
+    task_dims: ClassVar[dict[str, int]] = {}
+    gates: ClassVar[tuple[str, ...]] = ("raw",)
+    trains: ClassVar[bool] = False
+    route_TE: Tensor
+
+    @dataclass(frozen=True)
+    class Options:
+        """The map."""
+
+        # {task name or pattern with *: expert, from 0}, the first match counts; None: groups of tasks in the
+        # order in which they come
+        experts: dict | None = None
+
+    def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
+        super().__init__()
+        given = options_of("router", config, FixedRouter).experts
+        chosen = _by_group(tasks) if given is None else [_by_pattern(task, given) for task in tasks]
+        for task, expert in zip(tasks, chosen, strict=True):
+            if type(expert) is not int or not 0 <= expert < config.num_experts:
+                key = "num_experts" if given is None else "router_options.experts"
+                found = config.num_experts if given is None else expert
+                raise ConfigError(
+                    f"moe.{key}: {found}: task {task.name!r} needs expert {expert!r}, and they are numbered "
+                    f"0 to {config.num_experts - 1}"
+                )
+        route_TE = torch.zeros(len(tasks), config.num_experts, device="cpu")
+        route_TE[range(len(tasks)), chosen] = 1.0
+        self.register_buffer("route_TE", route_TE, persistent=False)
+        self.shape = (len(groups), config.num_heads)
+
+    def forward(self, tasks: Tensor, vectors_TD: Tensor | None) -> Tensor:
+        """tasks: [Tb] int64 -> gates [S, Tb, H, E]."""
+        route_TE = self.route_TE.index_select(0, tasks)
+        return route_TE[None, :, None].expand(self.shape[0], -1, self.shape[1], -1)
+
+
+def _by_group(tasks: TaskTable) -> list[int]:
+    order: dict[str, int] = {}
+    for task in tasks:
+        if task.group is None:
+            raise ConfigError(
+                f"moe.router_options.experts: none given, and task {task.name!r} is in no group; "
+                "give its data set a group, or give {task pattern: expert}"
+            )
+        order.setdefault(task.group, len(order))
+    return [order[str(task.group)] for task in tasks]
+
+
+def _by_pattern(task: Task, experts: dict) -> int:
+    for pattern, expert in experts.items():
+        if fnmatchcase(task.name, str(pattern)):
+            return expert
+    raise ConfigError(
+        f"moe.router_options.experts: {', '.join(map(str, experts))}: none matches task {task.name!r}; "
+        "give it an expert"
+    )
