@@ -33,11 +33,9 @@ class FixedRouter(nn.Module):
 
     @dataclass(frozen=True)
     class Options:
-        """The map."""
+        """The map: the first pattern that matches a task's name counts; groups count as they come."""
 
-        # {task name or pattern with *: expert, from 0}, the first match counts; None: groups of tasks in the
-        # order in which they come
-        experts: dict | None = None
+        experts: dict | None = None  # {task name or pattern with *: expert, from 0}; None: one a group of tasks
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()

@@ -400,6 +400,18 @@ def test_explicit_mixing_through_datasets(write) -> None:
         ("phases: [{base_learning_rate: 1}]", "phases.0.base_learning_rate"),
         ("phases: [{train: [experts], router_learning_rate: 1}]", "phases.0.router_learning_rate"),
         ("phases: [{restart_schedule: true}]", "phases.0.restart_schedule"),
+        ("phases: [{reinit: [experts]}]", "phases.0.reinit"),
+        (
+            "phases: [{router_temperature_schedule: exponential}]",
+            "phases.0.router_temperature_schedule",
+        ),
+        ("moe: {router: random_tasks, gate: raw}\nrouter_learning_rate: 1", "router_learning_rate"),
+        ("moe: {router: fixed, gate: raw, router_temperature: 2}", "moe.router_temperature"),
+        (
+            "moe: {router: fixed, gate: raw}\nphases: [{router_temperature: [2, 1]}]",
+            "phases.0.router_temperature",
+        ),
+        ("moe: {router: fixed, gate: raw}\nsurgery: {method: sum, scope: routers}", "surgery.scope"),
         (
             "phases: [{adapters: false, train: [base], router_temperature: [1, 1]}]",
             "phases.0.router_temperature",

@@ -160,6 +160,13 @@ def test_temperature_runs_from_the_first_step_to_the_last() -> None:
     assert second.temperature(50) == 2.0 and second.temperature(99) == 0.5
     assert second.temperature(74) == pytest.approx(2.0 - 1.5 * 24 / 49)
     assert second.temperature(10) == 2.0 and second.temperature(200) == 0.5
+    (exponential,) = resolve_phases(
+        run(PhaseConfig(router_temperature=(300.0, 1.0), router_temperature_schedule="exponential"))
+    )
+    assert exponential.temperature(0) == 300.0 and exponential.temperature(99) == 1.0
+    for step in (1, 50):
+        factor = exponential.temperature(step) / exponential.temperature(step - 1)
+        assert factor == pytest.approx(300 ** (-1 / 99))
     one_step = dataclasses.replace(second, end=second.start + 1)
     assert one_step.temperature(one_step.start) == 2.0
 
