@@ -32,11 +32,11 @@ class MoELinear(nn.Module):
         base: nn.Module,
         bank: Any,
         name: str,
-        group: int | None,
+        group: int,
         token_routing: nn.Module | None = None,
     ) -> None:
         """bank: called with ``(x_MK, y_MN, gate, plan, weight_NK)``; token_routing: gives the gates of each
-        row, where the tasks' gates of routing group ``group`` do not hold. With neither (group None) the bank
+        row, where the tasks' gates of routing group ``group`` do not hold. With neither (group -1) the bank
         is given the context as its gate."""
         super().__init__()
         self.base, self.bank, self.name, self.group = base, bank, name, group
@@ -57,7 +57,7 @@ class MoELinear(nn.Module):
         if self.token_routing is not None:
             gate = self.token_routing(x_MK, context, plan)
         else:
-            gate = context if self.group is None else context.gates[self.group]
+            gate = context if self.group < 0 else context.gates[self.group]
         if self._experts_first(x) and not args and not kwargs:
             weight_NK, bias = self.weight, self.bias
             y_MN = None if bias is None else bias.expand(plan.rows, -1)

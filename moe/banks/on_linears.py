@@ -66,7 +66,7 @@ class OnLinears:
         named = {n: routing_group(n, config.router_scope) if self.levels else "" for n in targets}
         groups = list(dict.fromkeys(named.values()))
         linears = {
-            n: self._linear(n, m, config, groups.index(named[n]) if self.levels else None, table)
+            n: self._linear(n, m, config, groups.index(named[n]) if self.levels else -1, table)
             for n, m in targets.items()
         }
         for names in siblings:
@@ -76,7 +76,7 @@ class OnLinears:
         return Placement({**linears}, groups if self.levels else [], not_run)
 
     def _linear(
-        self, name: str, linear: nn.Module, config: TaskMoEConfig, group: int | None, table: TaskTable
+        self, name: str, linear: nn.Module, config: TaskMoEConfig, group: int, table: TaskTable
     ) -> MoELinear:
         shape = features(linear)
         assert shape is not None
