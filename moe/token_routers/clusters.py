@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 class TokenClusterRouter(Bank):
     """g = out * (w * E * softmax(W x) + (1 - w) * cluster_scale * C e) (MoR1E / T-REX, arXiv 2404.08985).
 
-    w = sigmoid(speed * omega): how much the token counts beside the instance. out = sigmoid(speed * beta): how much
-    all experts count beside the base. The two learned scalars, omega_1 and beta_1, start at 0, so that
-    both shares are 1/2; ``speed`` makes them learn as if their learning rate were ``speed`` times as high. e
-    is the embedding of the row's sequence (``instance_embeddings`` of the model's forward), C the centroids
-    of the training instances: similarities are taken as they are, and may be negative.
+    w = sigmoid(speed * omega): how much the token counts beside the instance. out = sigmoid(speed * beta):
+    how much all experts count beside the base. The two learned scalars, omega_1 and beta_1, start at 0, so
+    that both shares are 1/2; with Adam, ``speed`` acts as a learning rate ``speed`` times as high. e is the
+    embedding of the row's sequence (``instance_embeddings`` of the model's forward), C the centroids of the
+    training instances: similarities are taken as they are, and may be negative.
 
     weight_E1K: [E, 1, K], zero, as in the paper; omega_1, beta_1: [1], zero; all float32. centroids_ED: [E,
     D], a buffer saved with the adapter, zero until :func:`set_centroids`.
