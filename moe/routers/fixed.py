@@ -35,7 +35,7 @@ class FixedRouter(nn.Module):
     class Options:
         """The map: the first pattern that matches a task's name counts; groups count as they come."""
 
-        experts: dict | None = None  # {task name or pattern with *: expert, from 0}; None: one a group of tasks
+        experts: dict | None = None  # {task or pattern with *: expert, from 0}; None: one a group of tasks
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
