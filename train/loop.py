@@ -19,6 +19,7 @@ from taskmoe.train.config import Config
 from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
 from taskmoe.train.engine import Engine, TrainingError
 from taskmoe.train.evaluate import evaluate, evaluate_controls, primary_metrics
+from taskmoe.train.instances import begin as begin_instances
 from taskmoe.train.meter import Meter
 from taskmoe.train.micro_batch import learn
 from taskmoe.train.mixing import excess, rates
@@ -217,6 +218,8 @@ class Run:
             elif self.resumed is not None:
                 load_base(self.model, self.resumed)
                 load_adapter(self.model, self.resumed)
+            else:
+                begin_instances(self.model, self.data.bundle, self.config)
             if phase.index and self.step == phase.start and not self.phases[phase.index - 1].adapters:
                 refresh_saved_modules(self.model)
             start_anew(self.model, fresh, groups)

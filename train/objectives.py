@@ -31,11 +31,13 @@ def model_inputs(
     A decoder reads the labels shifted right by one, after ``model_config.decoder_start_token_id``.
 
     Args:
-        batch: ``input_ids``, ``task_ids``, ``labels``, perhaps ``attention_mask``, ``position_ids``.
+        batch: ``input_ids``, ``task_ids``, ``labels``, perhaps ``attention_mask``, ``position_ids``,
+            ``instance_embeddings``.
         task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS.
         model_config: of the Hugging Face model.
     """
-    names = [n for n in ("input_ids", "attention_mask", "position_ids") if n in batch]
+    wanted = ("input_ids", "attention_mask", "position_ids", "instance_embeddings")
+    names = [n for n in wanted if n in batch]
     inputs: dict[str, Any] = {n: batch[n].to(device) for n in names}
     inputs["task_ids"] = batch["task_ids"]
     if task_type == "SEQ_2_SEQ_LM":

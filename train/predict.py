@@ -172,6 +172,7 @@ class Predictor:
             input_ids=batch["input_ids"].to(self.device),
             attention_mask=batch["attention_mask"].to(self.device),
             task_ids=batch["task_ids"],
+            **{n: batch[n].to(self.device) for n in ("instance_embeddings",) if n in batch},
             generation_config=GenerationConfig(
                 max_new_tokens=new,
                 num_beams=evaluation.num_beams,

@@ -16,6 +16,7 @@ from taskmoe.train.data.bundle import DataBundle, read_tasks, tokenise
 from taskmoe.train.data.collator import Collator
 from taskmoe.train.data.packing import FLAT_ATTENTION, require_packing
 from taskmoe.train.distributed import Ranks
+from taskmoe.train.instances import with_instances
 from taskmoe.train.models import LOAD_ERRORS, build_model, build_tokenizer
 from taskmoe.train.together import main_first
 
@@ -65,7 +66,7 @@ def build_data(
         config.data.max_length if packing else None,
         flat=config.attn_implementation in FLAT_ATTENTION,
     )
-    return Data(tokenizer, bundle, collator)
+    return Data(tokenizer, with_instances(bundle, config), collator)
 
 
 def saved_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

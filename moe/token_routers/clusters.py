@@ -42,11 +42,13 @@ class TokenClusterRouter(Bank):
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True
     gates: ClassVar[tuple[str, ...]] = ("raw",)  # what it gives are gates
+    reads_instances: ClassVar[bool] = True
     centroids_ED: Tensor
 
     @dataclass(frozen=True)
     class Options:
         dim: int = 768  # of the instances' embeddings
+        encoder: str = "hashed_words"  # who makes them in a run: hashed_words, or a Hugging Face encoder
         cluster_scale: float = 4.0  # of the similarities to centroids; 0: the token alone
         speed: float = 100.0  # of the two mixing scalars
 

@@ -57,7 +57,7 @@ class Collator:
         Returns:
             input_ids, attention_mask: int64 [B, L]; labels: int64 [B, L], seq2seq [B, L_target], SEQ_CLS [B],
             with -100 where there is no loss; task_ids: int64 [B] on the CPU; order: ``order[i]`` is the place
-            in ``rows`` of the batch's i-th row. Packed: task_ids [B, L], position_ids [B, L], segment_ids
+            in ``rows`` of the batch's i-th row; instance_embeddings, where rows have them. Packed: task_ids [B, L], position_ids [B, L], segment_ids
             [B, L] (the i of ``order``, -1 on padding) and no attention_mask.
 
         Raises:
@@ -77,6 +77,7 @@ class Collator:
             "attention_mask": pad([[1] * len(ids) for ids in inputs], 0),
             "labels": labels,
             "task_ids": torch.tensor([row["task"] for row in rows], dtype=torch.int64),
+            **_instances(rows),
             "order": order,
         }
 
@@ -94,6 +95,7 @@ class Collator:
             "input_ids": pad(inputs, self.pad_id, left=causal),
             "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left=causal),
             "task_ids": torch.tensor([row["task"] for row in rows], dtype=torch.int64),
+            **_instances(rows),
             "order": order,
         }
 
@@ -157,6 +159,13 @@ class Collator:
             for name in names:
                 columns[name].append(out[name])
         return {name: torch.tensor(values, dtype=torch.int64) for name, values in columns.items()}
+
+
+def _instances(rows: Sequence[dict[str, Any]]) -> Batch:
+    """``instance_embeddings``, float32 [B, D], where rows have them (see ``train/instances.py``)."""
+    if "instance" not in rows[0]:
+        return {}
+    return {"instance_embeddings": torch.tensor([row["instance"] for row in rows], dtype=torch.float32)}
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
