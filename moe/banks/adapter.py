@@ -21,6 +21,7 @@ from taskmoe.moe.banks.base import Bank, Placement
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 from taskmoe.moe.options import options_of
+from taskmoe.moe.parts import by_row
 from taskmoe.moe.sub_blocks import BlockOutput, find_sub_blocks
 from taskmoe.moe.targets import routing_group
 from taskmoe.moe.tasks import TaskTable
@@ -78,12 +79,6 @@ def bottleneck(
         bias_TR = bias_GEr[torch.arange(len(bias_GEr), device=slots_Tk.device)[:, None], slots_Tk].flatten(1)
     h_Mkr = activate(h_MR + by_row(bias_TR, plan)).unflatten(1, (-1, bias_GEr.shape[2]))
     return torch.cat([h_Mkr, torch.ones_like(h_Mkr[..., :1])], dim=2).flatten(1)
-
-
-def by_row(values_TR: Tensor, plan: Plan) -> Tensor:
-    """[T, R], one row a task (or [1, R] for all) -> [M, R] (or [1, R])."""
-    # Indexing, not index_select: its backward sorts, where the other's adds by atomics.
-    return values_TR if len(values_TR) == 1 else values_TR[plan.row_tasks(values_TR.device)]
 
 
 class AdapterBank(Bank):

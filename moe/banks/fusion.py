@@ -108,7 +108,7 @@ class TaskFusionAttention(Bank):
 
     def weights(self, context: Context) -> tuple[Tensor, ...]:
         """Query, key and value of the tasks in the batch, [Tb, N, N]."""
-        tasks = torch.tensor(context.tasks).to(self.query_TNN.device, non_blocking=True)
+        tasks = context.task_ids(self.query_TNN.device)
         return tuple(p.index_select(0, tasks) for p in (self.query_TNN, self.key_TNN, self.value_TNN))
 
 

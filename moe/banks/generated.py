@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from taskmoe.kernels.low_rank import without_autocast
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand
-from taskmoe.moe.banks.adapter import BLOCKS, activation, bottleneck, by_row
+from taskmoe.moe.banks.adapter import BLOCKS, activation, bottleneck
 from taskmoe.moe.banks.base import Bank, Placement
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 from taskmoe.moe.options import options_of
+from taskmoe.moe.parts import by_row
 from taskmoe.moe.representations.kinds import REPRESENTATIONS
 from taskmoe.moe.sub_blocks import BlockOutput, SubBlock, find_sub_blocks
 from taskmoe.moe.targets import routing_group
@@ -123,7 +124,7 @@ class TaskVectors(Bank):
 
     def forward(self, context: Context, device: torch.device) -> Tensor:
         """[T, D], for the tasks of the batch."""
-        return self.representation(torch.tensor(context.tasks).to(device, non_blocking=True))
+        return self.representation(context.task_ids(device))
 
 
 class HyperNetwork(nn.Module):
