@@ -34,7 +34,8 @@ def check(config: TaskMoEConfig) -> None:
         k: getattr(config, k)
         for k in ("r", "num_experts", "num_heads", "task_embedding_dim", "router_hidden_dim")
     }
-    counts.update({f"rank_pattern[{name!r}]": rank for name, rank in (config.rank_pattern or {}).items()})
+    for pattern in ("rank_pattern", "expert_pattern"):
+        counts.update({f"{pattern}[{name!r}]": n for name, n in (getattr(config, pattern) or {}).items()})
     for key, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ConfigError(f"moe.{key}: {count!r} must be a whole number, at least 1")

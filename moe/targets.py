@@ -134,26 +134,34 @@ def _no_match(key: str, pattern: object, candidates: dict[str, nn.Module]) -> st
 
 def rank_of(name: str, config: TaskMoEConfig) -> int:
     """The rank of one expert of a target: ``rank_pattern`` (name suffix or regex, as in PEFT), else ``r``."""
-    for pattern, rank in (config.rank_pattern or {}).items():
+    return _matched(name, config.rank_pattern, config.r)
+
+
+def experts_of(name: str, config: TaskMoEConfig) -> int:
+    """The number of experts of a target: ``expert_pattern``, else ``num_experts``."""
+    return _matched(name, config.expert_pattern, config.num_experts)
+
+
+def _matched(name: str, patterns: dict[str, int] | None, otherwise: int) -> int:
+    for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
-            return rank
-    return config.r
+            return value
+    return otherwise
 
 
-def check_rank_pattern(names: list[str], config: TaskMoEConfig) -> None:
+def check_patterns(names: list[str], config: TaskMoEConfig) -> None:
     """Raises:
-    ConfigError: a key of ``rank_pattern`` that matches no target.
+    ConfigError: a key of ``rank_pattern`` or ``expert_pattern`` that matches no target.
     """
-    for pattern in config.rank_pattern or {}:
+    patterns = {"rank_pattern": config.rank_pattern, "expert_pattern": config.expert_pattern}
+    for key, pattern in ((key, p) for key, given in patterns.items() for p in given or {}):
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigError(
-                f"moe.rank_pattern: {pattern!r} is not a regular expression ({error})"
-            ) from error
+            raise ConfigError(f"moe.{key}: {pattern!r} is not a regular expression ({error})") from error
         if not any(re.match(rf"(.*\.)?({pattern})$", n) for n in names):
             raise ConfigError(
-                f"moe.rank_pattern: {pattern!r} matches no target; targets are {', '.join(names[:8])} ..."
+                f"moe.{key}: {pattern!r} matches no target; targets are {', '.join(names[:8])} ..."
             )
 
 

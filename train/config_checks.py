@@ -97,6 +97,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         (
             *("moe.lora_alpha", "moe.router_temperature", "adam_epsilon", "phases.*.router_temperature"),
             *("mixing.temperature", "mixing.max_epochs", "moe.rank_pattern.*"),
+            "moe.expert_pattern.*",
             *("phases.*.mixing.temperature", "phases.*.mixing.max_epochs"),
         ),
         _POSITIVE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,8 @@ from taskmoe.moe.dry_run import executed_targets
 from taskmoe.moe.layer import MoELinear
 from taskmoe.moe.siblings import family
 from taskmoe.moe.targets import (
-    check_rank_pattern,
+    check_patterns,
+    experts_of,
     features,
     find_targets,
     rank_of,
@@ -25,7 +27,9 @@ from taskmoe.moe.tasks import TaskTable
 from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
 from taskmoe.moe.token_routing import TokenRouting
 
-TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "rank_pattern")
+TARGETS = (
+    "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "expert_pattern",
+)  # fmt: skip
 
 
 class OnLinears:
@@ -54,7 +58,7 @@ class OnLinears:
             RowSpaceError: a target whose rows cannot be assigned to tasks, by name.
         """
         targets = find_targets(model, config, saved_modules(model, config))
-        check_rank_pattern(list(targets), config)
+        check_patterns(list(targets), config)
         not_run: list[str] = []
         siblings: list[list[str]] = []
         if dry_run:
@@ -86,6 +90,17 @@ class OnLinears:
                 f"moe.num_heads: {config.num_heads} does not divide {d_in} x {d_out} of {name}; choose a "
                 "divisor"
             )
+        if config.expert_pattern:
+            config = replace(config, num_experts=experts_of(name, config))
+            if config.router not in TOKEN_ROUTERS:
+                raise ConfigError(
+                    f"moe.expert_pattern: router {config.router!r} gives all layers as many gates; use a router of "
+                    "tokens, or leave it out"
+                )
+            if config.top_k is not None and config.num_experts < config.top_k:
+                raise ConfigError(
+                    f"moe.expert_pattern: {config.num_experts} experts of {name} are fewer than top_k {config.top_k}"
+                )
         device = next(chain(linear.parameters(), linear.buffers())).device
         bank = self.bank(config, d_in, d_out, rank_of(name, config), table)
         routing = None
