@@ -49,7 +49,7 @@ class TaskMoEConfig:
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
     rank_pattern: dict[str, int] | None = None  # {module name or regex: r}
-    expert_pattern: dict[str, int] | None = None  # {module name or regex: num_experts}; routers of tokens only
+    expert_pattern: dict[str, int] | None = None  # {module name or regex: num_experts}; token routers only
     modules_to_save: tuple[str, ...] | None = None
     new_task_rows: str = "mean"  # rows of tasks added later: mean | zero | random
 

@@ -94,12 +94,13 @@ class OnLinears:
             config = replace(config, num_experts=experts_of(name, config))
             if config.router not in TOKEN_ROUTERS:
                 raise ConfigError(
-                    f"moe.expert_pattern: router {config.router!r} gives all layers as many gates; use a router of "
-                    "tokens, or leave it out"
+                    f"moe.expert_pattern: router {config.router!r} gives all layers as many gates; use a "
+                    "router of tokens, or leave it out"
                 )
             if config.top_k is not None and config.num_experts < config.top_k:
                 raise ConfigError(
-                    f"moe.expert_pattern: {config.num_experts} experts of {name} are fewer than top_k {config.top_k}"
+                    f"moe.expert_pattern: {config.num_experts} experts of {name} are fewer than top_k "
+                    f"{config.top_k}"
                 )
         device = next(chain(linear.parameters(), linear.buffers())).device
         bank = self.bank(config, d_in, d_out, rank_of(name, config), table)
