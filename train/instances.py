@@ -1,4 +1,4 @@
-"""What each sequence is about, for routers that read it: embeddings of instances, and centroids of those of training.
+"""What each sequence is about, for routers that read it: embeddings of instances, and their centroids.
 
 Legend: n texts, D embedding, N points, C clusters.
 """
@@ -43,7 +43,10 @@ def with_instances(bundle: DataBundle, config: Config) -> DataBundle:
     if options is None:
         return bundle
     if config.data.packing:
-        raise ConfigError(f"data.packing: true, and moe.router {config.moe.router!r} takes one instance a sequence")
+        raise ConfigError(
+            f"data.packing: true, but moe.router {config.moe.router!r} takes one instance a sequence; "
+            "set it to false"
+        )
     encoder = InstanceEncoder(options.encoder, options.dim)
     splits = {name: [_embedded(s, encoder) for s in of_tasks] for name, of_tasks in bundle.splits.items()}
     return replace(bundle, splits=splits)
@@ -77,11 +80,12 @@ class InstanceEncoder:
             self.model = AutoModel.from_pretrained(name).eval()
         except LOAD_ERRORS as error:
             raise ConfigError(
-                f"moe.router_options.encoder: {name!r} is not {HASHED} and no encoder that can be read ({error})"
+                f"moe.router_options.encoder: {name!r} is not {HASHED}, and no encoder that can be read "
+                f"({error})"
             ) from error
         size = int(self.model.config.hidden_size)
         if size != dim:
-            raise ConfigError(f"moe.router_options.dim: {dim}, but {name} gives embeddings of {size}; set it to that")
+            raise ConfigError(f"moe.router_options.dim: {dim}, but {name} has {size}; set it to that")
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -57,8 +57,9 @@ class Collator:
         Returns:
             input_ids, attention_mask: int64 [B, L]; labels: int64 [B, L], seq2seq [B, L_target], SEQ_CLS [B],
             with -100 where there is no loss; task_ids: int64 [B] on the CPU; order: ``order[i]`` is the place
-            in ``rows`` of the batch's i-th row; instance_embeddings, where rows have them. Packed: task_ids [B, L], position_ids [B, L], segment_ids
-            [B, L] (the i of ``order``, -1 on padding) and no attention_mask.
+            in ``rows`` of the batch's i-th row; instance_embeddings, where rows have them. Packed: task_ids
+            [B, L], position_ids [B, L], segment_ids [B, L] (the i of ``order``, -1 on padding) and no
+            attention_mask.
 
         Raises:
             TaskError: a task id outside the table, or a label id outside the task's classes.
