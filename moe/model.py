@@ -267,7 +267,7 @@ class TaskMoEModel(nn.Module):
         groups = self.parameter_groups()
         found: dict[str, Tensor] = {n: p for g in GROUPS[1:] for n, p in groups[g]}
         for prefix, module in self.named_modules():
-            if isinstance(module, Bank):
+            if isinstance(module, Bank) or prefix.startswith("routing."):
                 found.update(
                     (f"{prefix}.{n}", b)
                     for n, b in module.named_buffers(recurse=False)

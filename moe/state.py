@@ -1,8 +1,10 @@
-"""Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json."""
+"""Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json; beside them
+task_vectors.safetensors, where vectors of tasks came from a file."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
+from taskmoe.moe.representations.files import FILE as VECTORS
+from taskmoe.moe.representations.files import write_vectors
 from taskmoe.moe.tasks import TaskTable
 
 WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
@@ -45,6 +49,10 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
+    if (model.moe_config.representation_options or {}).get("path"):
+        names = [f"routing.representation.{n}" for n in ("vectors_TD", "embedding_TD")]
+        vectors_TD = next(state[n] for n in names if n in state)
+        write_vectors(dict(zip(model.tasks.names, vectors_TD, strict=True)), folder / VECTORS)
 
 
 def read_config(folder: str | Path) -> TaskMoEConfig:
@@ -110,7 +118,9 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
             )
         values[name] = state[name]
         if name in dims:
-            values[name] = _grown(state[name], parameter, dims[name], model.moe_config.new_task_rows)
+            # Buffers are given, not learned: rows of new tasks are there already.
+            rule = model.moe_config.new_task_rows if isinstance(parameter, nn.Parameter) else "random"
+            values[name] = _grown(state[name], parameter, dims[name], rule)
     with torch.no_grad():  # only now: an error leaves the model as it was
         for name, parameter in own.items():
             parameter.copy_(values[name])
@@ -128,13 +138,22 @@ def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
     return torch.cat([value, new.to(value.dtype)], axis)
 
 
+def with_saved_vectors(config: TaskMoEConfig, folder: str | Path) -> TaskMoEConfig:
+    """``config`` with the vectors of tasks that lie beside a saved adapter, where its own file is gone."""
+    options, beside = config.representation_options or {}, Path(folder) / VECTORS
+    path = options.get("path")
+    if path is None or Path(path).exists() or not beside.exists():
+        return config
+    return replace(config, representation_options={**options, "path": str(beside)})
+
+
 def load_model(
     base_model: nn.Module, folder: str | Path, tasks: TaskTable | None = None, **kwargs: Any
 ) -> TaskMoEModel:
     """Attach as the saved config says, then :func:`load_adapter`; ``tasks``: a longer table, if any."""
     from taskmoe.moe.attach import attach
 
-    config = read_config(folder)
+    config = with_saved_vectors(read_config(folder), folder)
     table = TaskTable.load(Path(folder) / TASKS) if tasks is None else tasks
     model = attach(base_model, config, table, **kwargs)
     load_adapter(model, folder)

@@ -22,8 +22,11 @@ from taskmoe.moe.routing import Routing
 
 def bare_routing(model: TaskMoEModel) -> Routing:
     """The routing of ``model`` on the meta device, for ``functional_call`` with the weights of the step."""
-    with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
-        routing = Routing(model.moe_config, model.routing.groups, model.tasks)
+    kept = vars(model.routing)  # past nn.Module: a child would be moved, saved and trained with the model
+    if "_bare" not in kept:
+        with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
+            kept["_bare"] = Routing(model.moe_config, model.routing.groups, model.tasks)
+    routing: Routing = kept["_bare"]
     for name in ("temperature", "seed", "step", "training"):  # noise: the same as in the step itself
         setattr(routing, name, getattr(model.routing, name))
     return routing

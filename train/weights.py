@@ -21,7 +21,7 @@ BASE_WEIGHTS = "base_model.safetensors"  # in a checkpoint, where the base is no
 def base_state(model: TaskMoEModel) -> dict[str, Tensor]:
     """The base model's parameters (tied ones once) and persistent buffers, on the CPU."""
     state = {n: p.detach().cpu().contiguous() for n, p in model.parameter_groups()["base"]}
-    kept = set(model.state_dict().keys())
+    kept = model.state_dict().keys() - model.adapter_tensors().keys()
     state.update({n: b.detach().cpu().contiguous() for n, b in model.named_buffers() if n in kept})
     return state
 

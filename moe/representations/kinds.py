@@ -1,7 +1,8 @@
 """Representations of tasks by name: what a router that takes vectors knows of a task.
 
 A representation is built from ``(config, tasks)``, has ``dim``, and gives [Tb, dim] for the ids of a batch's
-tasks. ``task_dims`` names the axis of the tasks of its parameters; they are the group ``task_embedding``.
+tasks. ``task_dims`` names the axis of the tasks of its parameters and buffers; parameters are the group
+``task_embedding``. ``trains`` says that it has parameters (default).
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 
 from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.representations.frozen import FrozenVectors, TextVectors
 from taskmoe.moe.representations.learned import LearnedVectors
 from taskmoe.moe.tasks import TaskTable
 
 REPRESENTATIONS: dict[str, Any] = {
     "learned": LearnedVectors,
+    "frozen": FrozenVectors,
+    "text": TextVectors,
 }
 
 
