@@ -81,25 +81,34 @@ class ModuleExperts(nn.Module):
         lead = x.shape[:-1] if context.packed else x.shape[:1]
         plan = context.plan(lead, self.name)
         used = used_experts(context, self.group, gate)
-        chosen = sorted(set().union(*used))
         weights_TE = gate.values.squeeze(1)
         if gate.slots is not None:
             shape = (len(weights_TE), self.stack.num_experts)
             weights_TE = weights_TE.new_zeros(shape).scatter(-1, gate.slots.squeeze(1), weights_TE)
-        # Indexing, not index_select: its backward sorts, where the other's adds by atomics.
-        weights = weights_TE[plan.row_tasks(x.device)].view(*lead, -1)
+        if gate.split is None:
+            jobs = [(0, e) for e in sorted(set().union(*used))]
+        else:  # a run for each task, so that its parameters' gradient is the task's own
+            jobs = [(t, e) for t, mine in enumerate(used) for e in sorted(mine)]
         if cache is not None:
-            extend_cache(cache, self.stack.cache_stride, len(chosen), self.name)
+            extend_cache(cache, self.stack.cache_stride, len(jobs), self.name)
+        # Indexing, not index_select: its backward sorts, where the other's adds by atomics.
+        tasks = plan.row_tasks(x.device)
+        weights = weights_TE[tasks].view(*lead, -1)
         apart = cache is None and not context.packed and can_be_cut(args, kwargs)
         rows: list[Tensor | None] = []
-        for e in chosen:
-            mine = [i for t, a, b in plan.segments() if e in used[t] for i in range(a, b)]
+        gates: list[Tensor] = []
+        for t, e in jobs:
+            own = (t,) if gate.split is not None else [i for i, mine in enumerate(used) if e in mine]
+            mine = [i for s, a, b in plan.segments() if s in own for i in range(a, b)]
             whole = not apart or len(mine) == plan.rows
             rows.append(None if whole else torch.tensor(mine).to(x.device, non_blocking=True))
+            strangers = whole and gate.split is not None and len(mine) < plan.rows
+            gates.append(weights[..., e] * (tasks == t).view(lead) if strangers else weights[..., e])
         calls = [arguments_of(args, kwargs, r, len(x)) for r in rows]
-        outputs = self.stack(chosen, self.original, [(a, k) for a, k, _ in calls], cache is not None)
-        handed = [h for _, _, h in calls]
-        return combine(outputs, [weights[..., e] for e in chosen], rows, handed, self.name)
+        outputs = self.stack(
+            jobs, self.original, [(a, k) for a, k, _ in calls], cache is not None, gate.split
+        )
+        return combine(outputs, gates, rows, [h for _, _, h in calls], self.name)
 
     def _by_token(self, x: Tensor, args: tuple, kwargs: dict, context: Context) -> Tensor:
         """Gates of a token: each expert runs on the rows that chose it, all as one sequence."""
@@ -116,17 +125,21 @@ class ModuleExperts(nn.Module):
                 )
         flat_args = [a.reshape(1, M, -1) if isinstance(a, Tensor) else a for a in args]
         flat_kwargs = {n: a.reshape(1, M, -1) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
-        if gate.slots is None:
+        if gate.slots is None and gate.split is None:
             calls: list[tuple[tuple, dict]] = [(tuple(flat_args), flat_kwargs)] * E
-            outputs = self.stack(list(range(E)), self.original, calls, False)
+            outputs = self.stack([(0, e) for e in range(E)], self.original, calls)
             values_MkD = torch.stack([self._rows(o, M) for o in outputs], dim=1)
         else:
-            k = gate.slots.shape[-1]
-            slots = gate.slots.flatten()
-            order = torch.argsort(slots, stable=True)
-            counts = torch.bincount(slots, minlength=E).tolist()  # a device waits here: sizes must be known
-            chosen = [e for e, count in enumerate(counts) if count]
-            parts = (order // k).split([counts[e] for e in chosen])
+            slots_Mk = gate.slots if gate.slots is not None else torch.arange(E, device=x.device).expand(M, E)
+            k, tasks = slots_Mk.shape[-1], 1
+            if gate.split is not None:
+                tasks = plan.num_tasks
+                slots_Mk = slots_Mk + E * plan.row_tasks(x.device).unsqueeze(1)
+            order = torch.argsort(slots_Mk.flatten(), stable=True)
+            # A device waits here: sizes must be known.
+            counts = torch.bincount(slots_Mk.flatten(), minlength=E * tasks).tolist()
+            chosen = [i for i, count in enumerate(counts) if count]
+            parts = (order // k).split([counts[i] for i in chosen])
             calls = [
                 (
                     tuple(a[:, r] if isinstance(a, Tensor) else a for a in flat_args),
@@ -134,7 +147,8 @@ class ModuleExperts(nn.Module):
                 )
                 for r in parts
             ]
-            outputs = self.stack(chosen, self.original, calls, False)
+            jobs = [divmod(i, E) for i in chosen]
+            outputs = self.stack(jobs, self.original, calls, split=gate.split)
             sorted_rows = torch.cat([self._rows(o, len(r)) for o, r in zip(outputs, parts, strict=True)])
             values_MkD = sorted_rows[torch.argsort(order)].unflatten(0, (M, k))
         y_MD = torch.einsum("mk,mkd->md", gate.values.to(torch.promote_types(gate.values.dtype, x.dtype)),

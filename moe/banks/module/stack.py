@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,11 @@ from transformers.cache_utils import (
 )
 
 from taskmoe.moe.banks.base import Bank
+from taskmoe.moe.parts import Split
 
 HALVES = (torch.bfloat16, torch.float16)
 Params = dict[str, Tensor]
+Job = tuple[int, int]  # task of the batch, expert
 
 
 class CacheError(ValueError):
@@ -44,6 +46,8 @@ class ModuleStack(Bank):
             its own at ``layer_idx + j * cache_stride`` of the cache.
     """
 
+    splits: ClassVar[bool] = True
+
     def __init__(self, module: nn.Module, num_experts: int, noise: float, cache_stride: int) -> None:
         super().__init__()
         self.num_experts, self.noise, self.cache_stride = num_experts, noise, cache_stride
@@ -58,25 +62,35 @@ class ModuleStack(Bank):
         self._shells = [shell(module)]
 
     def forward(
-        self, chosen: Sequence[int], module: nn.Module, calls: Sequence[tuple[tuple, dict]], cached: bool
+        self,
+        jobs: Sequence[Job],
+        module: nn.Module,
+        calls: Sequence[tuple[tuple, dict]],
+        cached: bool = False,
+        split: Split | None = None,
     ) -> list[Any]:
         """Run experts.
 
         Args:
-            chosen: their numbers.
+            jobs: (task, expert) of each run; tasks count with ``split`` alone.
             module: the original, for its buffers and the dtype to compute in.
             calls: (args, kwargs) of each.
-            cached: each keeps its own keys and values.
+            cached: each run keeps its own keys and values.
+            split: keeps the tasks' gradients apart; each run is then about rows of its task.
 
         Returns:
             What each returns.
         """
         originals = dict(module.named_parameters())
-        stacks = {n: getattr(self, key).unbind(0) for n, key in self.keys.items()}
+        parameters = [getattr(self, key) for key in self.keys.values()]
+        wholes = [p.unsqueeze(0) for p in parameters] if split is None else split(*parameters)
+        stacks = {n: [p.unbind(0) for p in w.unbind(0)] for n, w in zip(self.keys, wholes, strict=True)}
         buffers = dict(module.named_buffers())
         outputs = []
-        for place, (e, (args, kwargs)) in enumerate(zip(chosen, calls, strict=True)):
-            mine: Params = {n: stack[e].to(originals[n].dtype) for n, stack in stacks.items()}
+        for place, ((t, e), (args, kwargs)) in enumerate(zip(jobs, calls, strict=True)):
+            mine: Params = {}
+            for n, stack in stacks.items():
+                mine[n] = stack[t if len(stack) > 1 else 0][e].to(originals[n].dtype)
             runner = self._shell(place if cached else 0)
             runner.train(self.training)
             outputs.append(functional_call(runner, {**mine, **buffers}, args, kwargs))

@@ -193,9 +193,9 @@ class Count(nn.Module):
         stack.register_forward_pre_hook(self.hook)
 
     def hook(self, module, args):
-        chosen, _, calls, _ = args
+        jobs, _, calls, *_ = args
         first = [next(a for a in (*a, *k.values()) if isinstance(a, torch.Tensor)) for a, k in calls]
-        self.rows.append({e: len(x) for e, x in zip(chosen, first, strict=True)})
+        self.rows.append({e: len(x) for e, x in zip([e for _, e in jobs], first, strict=True)})
 
 
 def test_a_sparse_gate_runs_an_expert_on_the_tasks_that_chose_it(tiny, batch):

@@ -115,8 +115,8 @@ def test_experts_run_on_the_tokens_that_chose_them(tiny, batch):
     stack = experts_of(model)["model.layers.0.mlp"].stack
 
     def count(module, args):
-        chosen, _, calls, _ = args
-        seen.append({e: a[0].shape[1] for e, (a, _) in zip(chosen, calls, strict=True)})
+        jobs, _, calls, *_ = args
+        seen.append({e: a[0].shape[1] for (_, e), (a, _) in zip(jobs, calls, strict=True)})
 
     stack.register_forward_pre_hook(count)
     model(**batch("llama", MIX))
