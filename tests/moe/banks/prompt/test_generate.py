@@ -86,6 +86,14 @@ def test_without_a_cache_it_is_the_same(place, prompted, batch, close):
         close(found.masked_fill(found.isinf(), 0.0), expected.masked_fill(expected.isinf(), 0.0))
 
 
+def test_it_needs_no_no_grad(place, bank, prompted, batch):
+    kind, where = place
+    model, inputs = prompted(kind, bank, where=where), text(batch, kind)
+    found = model.generate(**inputs, task_ids=TASKS, **SETTINGS).sequences
+    with torch.no_grad():
+        assert torch.equal(found, model.generate(**inputs, task_ids=TASKS, **SETTINGS).sequences)
+
+
 @pytest.mark.parametrize("place", [p for p in PLACES if p[0] != "t5"], ids=lambda p: "-".join(p))
 @torch.no_grad()
 def test_left_padded_text_of_unequal_length(place, prompted, batch):
