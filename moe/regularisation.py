@@ -91,15 +91,16 @@ class Penalties:
                 raise ConfigError(refusal(name))
             if term.sort == "activations" and way != "fused":
                 raise ConfigError(
-                    f"moe.regularisers.{name}: would join the loss once in each of surgery's passes (surgery.way is {way!r}); "
+                    f"moe.regularisers.{name}: would join the loss once in each pass of surgery.way {way!r}; "
                     "it needs the one pass of 'fused'"
                 )
 
     # -- terms of routing and parameters ---------------------------------------------------------------------
 
     def read_parameters(self) -> list[nn.Parameter]:
-        """Those that the terms of parameters are about."""
-        return [p for term in self.parameters.values() for m in term.modules for p in term.reads(m)]
+        """Those that the terms of parameters are about, once each."""
+        read = [p for term in self.parameters.values() for m in term.modules for p in term.reads(m)]
+        return list(dict.fromkeys(read))
 
     def of_routing(self, routed: Routed) -> Tensor:
         """The weighed sum of the terms of routing: a scalar."""

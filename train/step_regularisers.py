@@ -1,9 +1,9 @@
 """Regularisers inside an engine's step.
 
 Terms of routing and of parameters are functions of the weights and of which tasks the step holds: every rank
-computes the same, once, after the tasks' gradients have been combined, and adds its gradient to ``p.grad``; the
-engine's average over equal gradients changes nothing. Terms of activations have joined the backward passes by
-then (:mod:`taskmoe.moe.penalties`).
+computes the same, once, after the tasks' gradients have been combined, and adds its gradient to ``p.grad``;
+the engine's average over equal gradients changes nothing. Terms of activations have joined the backward
+passes by then (:mod:`taskmoe.moe.penalties`).
 
 Legend: T tasks.
 """

@@ -81,7 +81,7 @@ class Alignment(Regulariser):
     @dataclass(frozen=True)
     class Options:
         distance: str = "kl"  # kl: of diagonal Gaussians | mmd: sum of Gaussian kernels
-        max_rows: int = 256  # mmd: rows of a micro-batch that are compared, evenly spaced; it costs their square
+        max_rows: int = 256  # mmd: how many rows of a micro-batch are compared, evenly spaced
         bandwidths: tuple[float, ...] = BANDWIDTHS  # mmd: s of exp(-d^2 / (2 s)), summed over
         eps: float = 1e-6  # kl: added to the variances
 

@@ -102,7 +102,7 @@ class LocalisedBalance(OfTokens):
         lengths_B = gates_ME.new_zeros(B).index_add(0, rows.sequences_M, rows.weights_M)
         kinds_B = self._kinds(rows, B)
         kinds_E = torch.arange(E, device=gates_ME.device) < self.first
-        signs_BE = torch.where(kinds_B[:, None] == kinds_E, 1.0, -1.0)
+        signs_BE = torch.where(kinds_B[:, None] == kinds_E, 1.0, -1.0).to(gates_ME)
         Z_BE = (1 + self.options.delta * signs_BE) * sums_BE / lengths_B.clamp_min(1).unsqueeze(1)
         here_B1 = (lengths_B > 0).to(Z_BE).unsqueeze(1)
         n = here_B1.sum().clamp_min(1) * E
