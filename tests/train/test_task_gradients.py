@@ -41,6 +41,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapter, top-k": {**MLP, "bank": "adapter", "gate": "top_k", "top_k": 2},
     "generated": {"bank": "generated", "task_embedding_dim": 4, "bank_options": {"hidden": 5, "dim": 4}},
     "fusion": {"bank": "fusion", "router": "none", "gate": "uniform"},
+    "layers, mlp": {**MLP, "bank": "module"},
+    "attention, top-k": {
+        **MLP, "bank": "module", "bank_options": {"of": "attention"}, "gate": "top_k", "top_k": 2
+    },
+    "ffns, one-hot": {**MLP, "bank": "module", "bank_options": {"of": "ffn"}, "gate": "one_hot"},
+    "ffns by token": {
+        "bank": "module", "bank_options": {"of": "ffn"}, "router": "token_linear", "gate": "top_k", "top_k": 2
+    },
 }
 
 
