@@ -1,6 +1,7 @@
 """The same numbers in both: our Poly and MHR give what peft's PolyConfig model gives, outputs and gradients.
 
-peft scales by 1 / r (lora_alpha = 1 here). In training mode it adds noise to its gates: both are evaluated.
+peft scales by 1 / r (lora_alpha = 1 here). In training mode it adds noise to its gates, drawn for each row,
+where ours is one draw a task: it is given ours.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ TARGETS = {
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's own
+@pytest.mark.parametrize("gate", ["sigmoid", "bernoulli"])
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("kind", TARGETS)
-def test_outputs_and_gradients_equal_pefts(kind, heads, tiny, batch, shaken, head, gradients, close):
+def test_outputs_and_gradients_equal_pefts(
+    kind, heads, gate, tiny, batch, shaken, head, gradients, close, monkeypatch
+):
     config = TaskMoEConfig(
-        r=RANK, num_experts=EXPERTS, num_heads=heads, lora_alpha=1.0, compose="before", gate="sigmoid",
+        r=RANK, num_experts=EXPERTS, num_heads=heads, lora_alpha=1.0, compose="before", gate=gate,
         target_modules=TARGETS[kind],
     )  # fmt: skip
     poly_config = peft.PolyConfig(
@@ -37,8 +41,9 @@ def test_outputs_and_gradients_equal_pefts(kind, heads, tiny, batch, shaken, hea
         n_splits=heads,
         target_modules=list(TARGETS[kind]),
     )
-    ours = shaken(attach(tiny(kind), config, TASKS)).eval()
-    theirs = peft.get_peft_model(tiny(kind), poly_config).eval()
+    noisy = gate == "bernoulli"
+    ours = shaken(attach(tiny(kind), config, TASKS)).train(noisy)
+    theirs = peft.get_peft_model(tiny(kind), poly_config).train(noisy)
     layers = {n: m for n, m in ours.base_model.named_modules() if hasattr(m, "bank")}
     prefix = "base_model.model."
     poly = {n.removeprefix(prefix): m for n, m in theirs.named_modules() if hasattr(m, "poly_router")}
@@ -54,8 +59,21 @@ def test_outputs_and_gradients_equal_pefts(kind, heads, tiny, batch, shaken, hea
             poly[name].poly_router["default"].module_logits.copy_(logits_THE.flatten(1))
 
     inputs = batch(kind, [2, 0, 1, 0])
+    draws: list[torch.Tensor] = []
+    if noisy:
+        ours.routing.step = 5
+        noise_STHE = ours.routing.noise(range(TASKS))
+        for name, layer in layers.items():
+            of_rows = noise_STHE[layer.group][[2, 0, 1, 0]]
+            router = poly[name].poly_router["default"]
+            router.register_forward_pre_hook(lambda *_, of_rows=of_rows: draws.append(of_rows))
     # Not theirs(...): peft's outermost forward drops task_ids where it has no class for the kind of model.
-    out, expected = head(ours(**inputs)), head(theirs.base_model(**inputs))
+    out = head(ours(**inputs))
+    with monkeypatch.context() as patch:
+        if noisy:
+            patch.setattr(torch, "rand", lambda shape, **_: draws.pop())
+        expected = head(theirs.base_model(**inputs))
+    assert not draws, "each layer took its draw"
     close(out, expected)
 
     weights = torch.randn_like(expected)

@@ -45,9 +45,23 @@ for per_task in (False, True):  # the attention reads no gates
     METHODS[f"fusion-{per_task}"] = TaskMoEConfig(
         bank="fusion", r=2, num_experts=3, router="none", gate="uniform", bank_options={"per_task": per_task}
     )
-SHARED_GATES = (
-    "uniform-before",
-)  # every expert is averaged with one weight: B_e get one gradient, by definition
+OVER_LAYERS = {"router_scope": "layer", "task_embedding_dim": 6, "router_hidden_dim": 8}
+POLY = {"compose": "before", "gate": "bernoulli", "router_init_std": 0.5, "lora_alpha": 1.0}
+for name, settings in {
+    "linear-gumbel": {"router": "task_linear", "gate": "gumbel", "task_embedding_dim": 6},
+    "shared-mlp": {"router": "shared_mlp", **OVER_LAYERS},
+    "recurrent-gumbel-one-hot": {"router": "recurrent", "gate": "gumbel_one_hot", **OVER_LAYERS},
+    "transformer-gumbel": {"router": "transformer", "gate": "gumbel", **OVER_LAYERS},
+    "fixed": {"router": "fixed", "gate": "raw", "router_options": {"experts": {"a": 0, "*": 2}}},
+    "random-tasks": {"router": "random_tasks", "gate": "raw", "router_options": {"experts": 2}},
+    "poly-noise": POLY,
+    "mhr-noise": {**POLY, "num_heads": 4, "gate_options": {"dropout": 0.2, "shared": True}},
+    "poly-rounded": {**POLY, "gate_options": {"straight_through": True}},
+    "poly-l2": {**POLY, "gate": "sigmoid", "gate_options": {"normalise": "l2"}},
+}.items():
+    METHODS[name] = TaskMoEConfig(**{"r": 2, "num_experts": 3, **settings})
+# Experts averaged with one weight, by every task: their B_e get one gradient, by definition.
+SHARED_GATES = ("uniform-before", "poly-rounded")
 
 
 @pytest.fixture(params=METHODS)
@@ -118,10 +132,8 @@ def test_everything_trains_and_equal_experts_diverge(method, tiny, batch, head, 
     for name, p in adapters(model).items():
         if name.endswith("B_ErN") and method not in SHARED_GATES:
             moved = p.detach()[p.detach().flatten(1).any(1)]
-            never_chosen = METHODS[method].gate in (
-                "one_hot",
-                "top_k",
-            )  # such an expert has no reason to move
+            hard = ("one_hot", "top_k", "gumbel_one_hot", "raw")
+            never_chosen = METHODS[method].gate in hard  # such an expert has no reason to move
             assert len(moved) == len(p) or (never_chosen and len(moved)), f"{name}: an expert has not moved"
             apart = (moved.unsqueeze(0) - moved.unsqueeze(1)).abs().amax((-1, -2))
             equal = apart + torch.eye(len(moved)) == 0
