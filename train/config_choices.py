@@ -9,6 +9,7 @@ from typing import Any
 from taskmoe.moe.choices import SEAMS, readers_of
 from taskmoe.moe.config import ALIASES
 from taskmoe.moe.options import GENERAL, default_options
+from taskmoe.moe.regularisers.kinds import REGULARISERS
 from taskmoe.train.config_comments import field_comments
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object"}
@@ -28,7 +29,19 @@ def describe_choices(moe: dict[str, Any]) -> dict[str, Any]:
                 condition["required"] = [seam]
             options = {f"{seam}_options": _options(method, f"{seam} {name}")}
             rules.append({"if": condition, "then": {"properties": options}})
+    terms = {name: _term(name, kind) for name, kind in REGULARISERS.items()}
+    moe["properties"]["regularisers"].update(properties=terms, additionalProperties=False)
     return {**moe, "allOf": rules}
+
+
+def _term(name: str, kind: Any) -> dict[str, Any]:
+    """A regulariser: its weight, or a mapping of its weight and options."""
+    weight: dict[str, Any] = {"type": "number", "description": "what the term is multiplied by"}
+    weight.update({} if kind.signed else {"exclusiveMinimum": 0})
+    whole = _options(kind, f"regulariser {name}")
+    whole["properties"] = {"weight": weight, **whole["properties"]}
+    title = (kind.__doc__ or name).split("\n\n")[0].replace("\n    ", " ")
+    return {"description": title, "anyOf": [weight, {**whole, "type": "object", "required": ["weight"]}]}
 
 
 def _options(method: Any, who: str) -> dict[str, Any]:
