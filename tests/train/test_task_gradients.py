@@ -49,6 +49,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ffns by token": {
         "bank": "module", "bank_options": {"of": "ffn"}, "router": "token_linear", "gate": "top_k", "top_k": 2
     },
+    "shared prompt": {"bank": "multitask_prompt", "bank_options": {"length": 3}},
+    "prompts, mlp": {**MLP, "bank": "prompt_bank", "bank_options": {"length": 3}},
+    "prompts, top-k": {
+        **MLP, "bank": "prompt_bank", "gate": "top_k", "top_k": 2, "bank_options": {"length": 3},
+    },
 }
 
 
