@@ -24,7 +24,7 @@ from taskmoe.train.models import LOAD_ERRORS
 COLUMN = "instance"  # of token rows
 HASHED = "hashed_words"
 MOST = 50_000  # training instances that centroids are made of: evenly spread over all
-ROUNDS = 50
+STARTS, ROUNDS = 4, 50  # of k-means
 
 
 def router_options(config: Config) -> Any:
@@ -112,8 +112,9 @@ def hashed_words(texts: Sequence[str], dim: int) -> Tensor:
     return counts_nD
 
 
-def kmeans(points_ND: Tensor, clusters: int, seed: int, rounds: int = ROUNDS) -> Tensor:
-    """[C, D]: Lloyd's algorithm from k-means++ starts (Arthur and Vassilvitskii 2007), on the CPU.
+def kmeans(points_ND: Tensor, clusters: int, seed: int, starts: int = STARTS, rounds: int = ROUNDS) -> Tensor:
+    """[C, D]: the best of several runs of Lloyd's algorithm from k-means++ starts (Arthur and Vassilvitskii
+    2007), by the mean squared distance of points to their centroids.
 
     A cluster that loses all its points goes to the point that is furthest from its own centroid. With fewer
     different points than clusters, centroids repeat.
@@ -125,28 +126,37 @@ def kmeans(points_ND: Tensor, clusters: int, seed: int, rounds: int = ROUNDS) ->
         raise ConfigError("centroids need training instances, and there are none")
     generator = torch.Generator().manual_seed(seed)
     points_ND = points_ND.double()
+    found = [_lloyd(points_ND, _spread(points_ND, clusters, generator), rounds) for _ in range(starts)]
+    return min(found, key=lambda c_CD: float(torch.cdist(points_ND, c_CD).amin(1).square().mean())).float()
+
+
+def _spread(points_ND: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """[C, D] points, each drawn by its squared distance to those before."""
     centroids_CD = points_ND[torch.randint(len(points_ND), (1,), generator=generator)]
     for _ in range(clusters - 1):
-        nearest_N = torch.cdist(points_ND, centroids_CD).amin(1).square()
-        weights_N = nearest_N if bool(nearest_N.any()) else torch.ones_like(nearest_N)
+        weights_N = torch.cdist(points_ND, centroids_CD).amin(1).square()
+        if not bool(weights_N.any()):
+            weights_N = torch.ones_like(weights_N)
         chosen = torch.multinomial(weights_N, 1, generator=generator)
         centroids_CD = torch.cat([centroids_CD, points_ND[chosen]])
-    owners_N = torch.full((len(points_ND),), -1)
+    return centroids_CD
+
+
+def _lloyd(points_ND: Tensor, centroids_CD: Tensor, rounds: int) -> Tensor:
+    centroids_CD, owners_N = centroids_CD.clone(), None
     for _ in range(rounds):
-        distances_NC = torch.cdist(points_ND, centroids_CD)
-        found_N = distances_NC.argmin(1)
-        if torch.equal(found_N, owners_N):
+        away_N, found_N = torch.cdist(points_ND, centroids_CD).min(1)
+        if owners_N is not None and torch.equal(found_N, owners_N):
             break
         owners_N = found_N
-        away_N = distances_NC.amin(1)
-        for c in range(clusters):
+        for c in range(len(centroids_CD)):
             mine_N = owners_N == c
             if bool(mine_N.any()):
                 centroids_CD[c] = points_ND[mine_N].mean(0)
             else:
                 furthest = int(away_N.argmax())
                 centroids_CD[c], away_N[furthest] = points_ND[furthest], 0.0
-    return centroids_CD.float()
+    return centroids_CD
 
 
 def begin(model: TaskMoEModel, bundle: DataBundle, config: Config) -> None:
