@@ -237,6 +237,8 @@ class TaskMoEModel(nn.Module):
             raise ValueError(f"train: unknown group {sorted(unknown)}; known are {', '.join(GROUPS)}")
         copied = [m for m in self.modules() if getattr(type(m), "copies", None) in groups]
         aside = {id(p) for module in copied for p in module.original.parameters()}  # type: ignore[union-attr]
+        for bank in (m for m in self.modules() if isinstance(m, Bank) and m.frozen):
+            aside |= {id(p) for p in bank.parameters()}
         for kind, parameters in self.parameter_groups().items():
             for _, p in parameters:
                 p.requires_grad_(kind in groups and p.is_floating_point() and id(p) not in aside)

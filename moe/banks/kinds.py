@@ -7,6 +7,7 @@ from typing import Any
 from taskmoe.moe.banks.adapter import Adapters
 from taskmoe.moe.banks.fusion import Fusion
 from taskmoe.moe.banks.generated import Generated
+from taskmoe.moe.banks.imported import Imported
 from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.banks.mix_and_match import MixAndMatchBank
 from taskmoe.moe.banks.module.kind import Module
@@ -25,6 +26,7 @@ BANKS: dict[str, Any] = {
     "mix_and_match": OnLinears(MixAndMatchBank),
     "mtl_lora": OnLinears(MtlLoraBank),
     "own_keys": OnLinears(OwnKeysBank),
+    "imported": Imported,
     "adapter": Adapters,
     "generated": Generated,
     "fusion": Fusion,
