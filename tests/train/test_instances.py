@@ -215,14 +215,14 @@ def test_the_bias_of_ranks_follows_the_steps_of_a_run(tmp_path: Path):
     """After n steps each bias is a multiple of the step, no larger than n, and some have moved."""
     options = {"top_k": 2, "bias_step": 1 / 64}
     moe = TaskMoEConfig(r=1, num_experts=4, router="ranks", gate="raw", router_options=options)
-    config = replace(BASE, moe=moe, output_dir=str(tmp_path / "run"), gradient_accumulation_steps=2)
+    config = replace(BASE, moe=moe, output_dir=str(tmp_path / "run"), gradient_accumulation_steps=2, max_steps=5)
     assert train(config) == 0
-    state = load_file(tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors")
+    state = load_file(tmp_path / "run" / "checkpoint-5" / "adapter_model.safetensors")
     biases = [t for n, t in state.items() if n.endswith("bias_E")]
     assert biases
     assert not any(n.endswith("count_E") for n in state)
     for bias in biases:
         steps = bias * 64
         assert torch.equal(steps, steps.round())
-        assert bias.any()
-        assert float(steps.abs().max()) <= 6
+        assert bias.any()  # an odd number of steps up and down
+        assert float(steps.abs().max()) <= 5
