@@ -139,10 +139,10 @@ def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
 
 
 def with_saved_vectors(config: TaskMoEConfig, folder: str | Path) -> TaskMoEConfig:
-    """``config`` with the vectors of tasks that lie beside a saved adapter, where its own file is gone."""
+    """``config`` with the vectors of tasks beside a saved adapter, where it names no file that is there."""
     options, beside = config.representation_options or {}, Path(folder) / VECTORS
     path = options.get("path")
-    if path is None or Path(path).exists() or not beside.exists():
+    if (path is not None and Path(path).exists()) or not beside.exists():
         return config
     return replace(config, representation_options={**options, "path": str(beside)})
 

@@ -30,6 +30,7 @@ from taskmoe.train.signals import StopRequest
 from taskmoe.train.step_balancing import build_balancing, learns_from_validation
 from taskmoe.train.step_surgery import surgery_line
 from taskmoe.train.summary import controls_table, phase_lines
+from taskmoe.train.task_vectors import with_task_vectors
 from taskmoe.train.together import as_one
 from taskmoe.train.track.tracker import Tracker
 from taskmoe.train.weights import (
@@ -80,6 +81,7 @@ class Run:
         say = print if ranks.is_main else (lambda line: None)
         needed = ("train", config.eval_split, *(("validation",) if learns_from_validation(config) else ()))
         self.data = build_data(config, ranks, needed, known, tokenizer, say)
+        self.config = with_task_vectors(config, self.data, ranks, self.resumed)
         bundle = self.data.bundle
         self.tasks, self.splits = bundle.tasks, bundle.splits["train"]
         self.added = self.tasks.names[len(known) :] if known is not None else []  # tasks the checkpoint lacks

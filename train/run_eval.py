@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taskmoe.moe import TaskTable, load_adapter
+from taskmoe.moe.state import with_saved_vectors
 from taskmoe.train import checkpoint
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
@@ -116,6 +117,7 @@ def _score(
             print(f"taskmoe: {line}", file=sys.stderr)
 
     tasks = TaskTable.load(path / TASKS)
+    config = replace(config, moe=with_saved_vectors(config.moe, path))
     data = build_data(config, ranks, (split,), tasks, home / "tokenizer", say)
     if not any(len(s.tokens) for s in data.bundle.splits[split]):
         raise ConfigError(f"{config.data.root or home}: none of the tasks has a {split} split")
