@@ -215,7 +215,9 @@ def test_the_bias_of_ranks_follows_the_steps_of_a_run(tmp_path: Path):
     """After n steps each bias is a multiple of the step, no larger than n, and some have moved."""
     options = {"top_k": 2, "bias_step": 1 / 64}
     moe = TaskMoEConfig(r=1, num_experts=4, router="ranks", gate="raw", router_options=options)
-    config = replace(BASE, moe=moe, output_dir=str(tmp_path / "run"), gradient_accumulation_steps=2, max_steps=5)
+    config = replace(
+        BASE, moe=moe, output_dir=str(tmp_path / "run"), gradient_accumulation_steps=2, max_steps=5
+    )
     assert train(config) == 0
     state = load_file(tmp_path / "run" / "checkpoint-5" / "adapter_model.safetensors")
     biases = [t for n, t in state.items() if n.endswith("bias_E")]
