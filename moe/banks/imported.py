@@ -114,10 +114,10 @@ def _check(model: nn.Module, loras: Sequence[Lora]) -> None:
                     f"{', '.join(near)}); it belongs to another model"
                 )
             if (A_rK.shape[1], B_rN.shape[1]) != linears[name]:
-                found = f"{A_rK.shape[1]} x {B_rN.shape[1]}"
-                wanted = "{} x {}".format(*linears[name])
+                sizes = f"{A_rK.shape[1]} x {B_rN.shape[1]}"
+                own = "{} x {}".format(*linears[name])
                 raise ConfigError(
-                    f"{KEY}: {lora.folder}: {name} is {found}, and {wanted} in the model; another's?"
+                    f"{KEY}: {lora.folder}: {name} is {sizes}, and {own} in the model; another model's?"
                 )
 
 

@@ -134,7 +134,7 @@ def test_files_that_do_not_fit_are_errors(saved, tiny, tmp_path):
     with pytest.raises(ConfigError, match="not a readable adapter config"):
         import_peft(tiny("llama"), [tmp_path / "nowhere"])
     with pytest.raises(ConfigError, match=r"moe\.bank_options\.adapters: is empty"):
-        import_peft(tiny("llama"), [])
+        import_peft(tiny("llama"), [], TaskMoEConfig(), ["x"])
     path = folders[0] / "adapter_model.safetensors"
     state = load_file(path)
     save_file({n: t[:, :3].clone() for n, t in state.items()}, path)
