@@ -9,12 +9,13 @@ logits for a method that is ``noisy``, while it trains; None: none, as in evalua
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions, bernoulli, sigmoid
 
 Gated = tuple[Tensor, Tensor | None]
@@ -96,6 +97,12 @@ def raw(logits: Tensor, temperature: float, top_k: int | None, noise: None, opti
 def uniform(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """1 / E for every expert: the average-routing control."""
     return torch.full_like(logits, 1.0 / logits.shape[-1]), None
+
+
+def with_gate(config: TaskMoEConfig, name: str) -> TaskMoEConfig:
+    """``config`` with another gate and its default options."""
+    reads = GATES[name].uses if name in GATES else ()
+    return replace(config, gate=name, gate_options=None, top_k=config.top_k if "top_k" in reads else None)
 
 
 GATES: dict[str, GateMethod] = {

@@ -20,13 +20,15 @@ from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.context import Context, Gate, GateBridge, _current, bind_checkpointing, use
 from taskmoe.moe.entries import floating_inputs, input_embeddings
-from taskmoe.moe.gates import GATES
+from taskmoe.moe.gates import GATES, with_gate
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
+from taskmoe.moe.options import options_of
 from taskmoe.moe.parts import Parts, splitter
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.task_ids import check_batch, read_task_ids
 from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe.token_routing import TokenRouting
 
 if TYPE_CHECKING:
     from taskmoe.moe.regularisation import Penalties
@@ -276,6 +278,17 @@ class TaskMoEModel(nn.Module):
                     if n not in module._non_persistent_buffers_set
                 )
         return found
+
+    def use_gate(self, name: str) -> None:
+        """Gate as ``name`` says from now on, with its default options, instead of ``moe_config.gate``.
+
+        Not part of what :meth:`save_pretrained` writes.
+        """
+        config = with_gate(self.moe_config, name)
+        for module in self.modules():
+            if isinstance(module, (Routing, TokenRouting)):
+                module.gate, module.top_k = GATES[name], config.top_k
+                module.gate_options = options_of("gate", config, GATES[name])
 
     def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Call once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""

@@ -105,6 +105,7 @@ class PhaseConfig:
     base_learning_rate: float | None = None
     router_temperature: tuple[float, float] | None = None  # from, to, over the phase
     router_temperature_schedule: str = "linear"  # linear | exponential: the same factor every step
+    gate: str | None = None  # another gate than moe.gate, with its default options
     reinit: tuple[str, ...] = ()  # groups that start anew as the phase begins: experts, router, ...
     restart_schedule: bool = False  # warm-up and decay begin anew here; False: one schedule over the run
 

@@ -121,6 +121,7 @@ def _following(config: Config) -> Iterator[Rule]:
 
 def _phase(config: Config, i: int) -> Iterator[Rule]:
     from taskmoe.moe.choices import choices_in_use
+    from taskmoe.moe.gates import GATES
 
     phase, here = config.phases[i], f"phases.{i}"
     moe, chosen = config.moe, choices_in_use(config.moe)
@@ -135,10 +136,14 @@ def _phase(config: Config, i: int) -> Iterator[Rule]:
     yield embedding, "representation" not in chosen, no_vectors
     frozen = f"moe.representation is {moe.representation!r}, which does not train"
     yield embedding, not _trains(chosen.get("representation")), frozen
-    for key in ("router_temperature", "router_temperature_schedule"):
-        yield f"{here}.{key}", not phase.adapters, f"{here}.adapters is false"
-        cold = "gate" not in chosen or "router_temperature" not in chosen["gate"].uses
-        yield f"{here}.{key}", cold, f"moe.gate is {moe.gate!r}"
+    yield f"{here}.gate", not phase.adapters, f"{here}.adapters is false"
+    yield f"{here}.gate", "gate" not in chosen, f"moe.bank {moe.bank!r} takes no gates"
+    now = {**chosen, "gate": GATES.get(phase.gate)} if phase.gate in GATES and "gate" in chosen else chosen
+    cold = not any("router_temperature" in method.uses for method in now.values())
+    key, gate = ("moe", moe.gate) if phase.gate is None else (here, phase.gate)
+    for name in ("router_temperature", "router_temperature_schedule"):
+        yield f"{here}.{name}", not phase.adapters, f"{here}.adapters is false"
+        yield f"{here}.{name}", cold, f"{key}.gate is {gate!r}"
     constant = phase.router_temperature is None
     yield f"{here}.router_temperature_schedule", constant, f"{here}.router_temperature is not set"
     yield f"{here}.reinit", i == 0, "the first phase starts from fresh weights in any case"

@@ -21,14 +21,21 @@ def check_moe_names(config: Config, check: Decoder) -> None:
 
 
 def check_moe(config: Config, check: Decoder) -> None:
-    """``moe``: options of the choices on its seams, and what they exclude."""
+    """``moe``: options of the choices on its seams, and what they exclude; the same for gates of phases."""
     from taskmoe.moe.attach import check as check_settings
+    from taskmoe.moe.gates import with_gate
 
     try:
         check_settings(config.moe)
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         raise check.fail(key, message) from error
+    for i, phase in enumerate(config.phases):
+        try:
+            if phase.gate is not None:
+                check_settings(with_gate(config.moe, phase.gate))
+        except ConfigError as error:
+            raise check.fail(f"phases.{i}.gate", str(error).partition(": ")[2]) from error
 
 
 def check_balancing(config: Config, check: Decoder) -> None:

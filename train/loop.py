@@ -225,6 +225,8 @@ class Run:
             if phase.index and self.step == phase.start and not self.phases[phase.index - 1].adapters:
                 refresh_saved_modules(self.model)
             start_anew(self.model, fresh, groups)
+            if phase.gate is not None:
+                self.model.use_gate(phase.gate)
         self.engine = Engine(self.model, self.config, phase, self.ranks)
         if rng is not None:
             checkpoint.set_rng_state(rng)

@@ -27,7 +27,8 @@ def bare_routing(model: TaskMoEModel) -> Routing:
         with torch.device("meta"):  # a module without a random draw, a byte, or an engine's hooks
             kept["_bare"] = Routing(model.moe_config, model.routing.groups, model.tasks)
     routing: Routing = kept["_bare"]
-    for name in ("temperature", "seed", "step", "training"):  # noise: the same as in the step itself
+    # The same gate and noise as in the step itself.
+    for name in ("temperature", "seed", "step", "training", "gate", "gate_options", "top_k"):
         setattr(routing, name, getattr(model.routing, name))
     return routing
 

@@ -56,6 +56,7 @@ class Phase:
     learning_rates: dict[str, float]  # of every group, at the top of the schedule
     router_temperature: tuple[float, float]  # at start and at end
     temperature_schedule: str
+    gate: str | None  # None: that of moe
     reinit: tuple[str, ...]
     schedule_start: int  # the learning-rate schedule this phase is part of: from here
     schedule_end: int  # to here
@@ -105,6 +106,7 @@ def resolve_phases(config: Config) -> list[Phase]:
                 learning_rates=_learning_rates(config, i),
                 router_temperature=(float(temperature[0]), float(temperature[1])),
                 temperature_schedule=phase.router_temperature_schedule,
+                gate=phase.gate,
                 reinit=tuple(group for group in REINIT if group in phase.reinit),
                 schedule_start=max(s for s in restarts if s <= starts[i]),
                 schedule_end=min(s for s in restarts if s > starts[i]),

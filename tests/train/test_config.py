@@ -312,7 +312,7 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
     [
         (
             "task_type: CAUSAL",
-            "task_type: 'CAUSAL' is not one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS; the nearest",
+            "task_type: 'CAUSAL' is not one of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, FEATURE_EXTRACTION; the nearest",
         ),
         ("mixing: {strategy: unimx}", "mixing.strategy: 'unimx' is not one of"),
         ("optim: adamw", "optim: 'adamw' is not one of adamw_torch, sgd; the nearest is 'adamw_torch'"),
@@ -350,6 +350,9 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
         ("surgery: {method: sum, way: fast}", "surgery.way: 'fast' is not one of auto, fused, separate"),
         ("surgery: {method: sum, max_tasks: 0}", "surgery.max_tasks: 0 is out of range"),
         ("surgery: {method: gradvac, refresh_every: 2}", "surgery.refresh_every: 2, but 'gradvac' has no"),
+        ("phases: [{gate: top_k}]", "phases.0.gate: None with gate 'top_k'; set both"),
+        ("phases: [{gate: gumble}]", "phases.0.gate: 'gumble' is unknown; known are softmax"),
+        ("moe: {router: fixed, gate: raw}\nphases: [{gate: softmax}]", "phases.0.gate: 'softmax' with router"),
         ("surgery: {method: graddrop, scope: layer}", "surgery.scope: 'layer' has no effect on 'graddrop'"),
         (
             "surgery: {method: sum, way: fused}\nphases: [{train: [base, experts]}]",
@@ -401,6 +404,8 @@ def test_explicit_mixing_through_datasets(write) -> None:
         ("phases: [{train: [experts], router_learning_rate: 1}]", "phases.0.router_learning_rate"),
         ("phases: [{restart_schedule: true}]", "phases.0.restart_schedule"),
         ("phases: [{reinit: [experts]}]", "phases.0.reinit"),
+        ("phases: [{adapters: false, train: [base], gate: gumbel}]", "phases.0.gate"),
+        ("phases: [{gate: raw, router_temperature: [2, 1]}]", "phases.0.router_temperature"),
         (
             "phases: [{router_temperature_schedule: exponential}]",
             "phases.0.router_temperature_schedule",

@@ -30,6 +30,7 @@ STAGES = (
         reinit=("experts",),
         router_temperature=(300.0, 1.0),
         router_temperature_schedule="exponential",
+        gate="softmax",
         restart_schedule=True,
     ),
 )
@@ -68,6 +69,8 @@ def test_experts_start_anew_and_what_the_first_stage_learned_of_routes_stays(tmp
     def noted(self, phase):
         out = step(self, phase)
         seen.append(self.model.routing.temperature)
+        gates = self.model.routing(torch.arange(3))[0]
+        assert bool(((gates == 0) | (gates == 1)).all()) == (phase.index == 0), "one-hot, then softmax"
         return out
 
     monkeypatch.setattr(Run, "_step", noted)
