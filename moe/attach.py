@@ -9,7 +9,7 @@ from torch import nn
 
 from taskmoe.moe.banks.base import Bank, prepare
 from taskmoe.moe.banks.kinds import BANKS
-from taskmoe.moe.choices import SEAMS, check_choices
+from taskmoe.moe.choices import SEAMS, check_choices, ignored
 from taskmoe.moe.config import SCOPES, ConfigError, TaskMoEConfig
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
@@ -57,7 +57,7 @@ def check(config: TaskMoEConfig) -> None:
         raise ConfigError(f"moe.router_temperature: {config.router_temperature} must be above 0")
     if not 0 <= config.lora_dropout < 1:
         raise ConfigError(f"moe.lora_dropout: {config.lora_dropout} must be in [0, 1)")
-    if (config.gate == "top_k") != (config.top_k is not None):
+    if ("top_k" not in ignored(config)) != (config.top_k is not None):
         raise ConfigError(
             f"moe.top_k: {config.top_k} with gate {config.gate!r}; set both gate: top_k and top_k, or neither"
         )
