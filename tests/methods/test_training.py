@@ -14,6 +14,7 @@ from taskmoe.train.loop import train
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "methods").glob("*.yaml"))
 LAST = 5  # logged means over 10 steps each
+LEVEL = 0.03  # two seeds of one file differ by as much
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_it_trains_and_what_is_said_of_it_is_so(path: Path, losses, claims):
         return
     verdict, _, rest = stated.partition(" `")
     control = rest.partition("`")[0]
-    assert verdict in ("beats", "does not beat"), f"{path.stem}: docs/METHODS.md says {stated!r}"
-    beats = found < losses(control)
-    assert beats == (verdict == "beats"), f"{found:.4f} against {losses(control):.4f} of {control}"
+    ratio = found / losses(control)
+    holds = {"beats": ratio < 1, "does not beat": ratio >= 1, "level with": abs(ratio - 1) <= LEVEL}
+    assert verdict in holds, f"{path.stem}: docs/METHODS.md says {stated!r}"
+    assert holds[verdict], f"{found:.4f} against {losses(control):.4f} of {control}"
