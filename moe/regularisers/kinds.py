@@ -8,6 +8,7 @@ from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.options import read_options
 from taskmoe.moe.regularisers.alignment import Alignment
 from taskmoe.moe.regularisers.base import Regulariser, read_weight
+from taskmoe.moe.regularisers.distillation import Distillation
 from taskmoe.moe.regularisers.expert_terms import ExpertDistance, Orthogonality
 from taskmoe.moe.regularisers.fusion_identity import FusionIdentity
 from taskmoe.moe.regularisers.routing_terms import Entropy, Sparsity, ZLoss
@@ -28,6 +29,7 @@ REGULARISERS: dict[str, type[Regulariser]] = {
     "token_cv": TokenCV,
     "localised_balance": LocalisedBalance,
     "alignment": Alignment,
+    "distillation": Distillation,
 }
 
 

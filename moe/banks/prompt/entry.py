@@ -96,7 +96,8 @@ class Prompts(nn.Module):
                 "packed task_ids ([B, L]) with prompts: a row of several tasks has no one place for "
                 "it; turn packing off"
             )
-        prompts_TlW = self.bank(context).to(like)
+        bank = context.shared.get(id(self.bank), self.bank)  # a teacher's, where one stands in
+        prompts_TlW = bank(context).to(like)
         return by_sequence(prompts_TlW, context.plan((sequences,), NAME))
 
     def seen(self, named: dict[str, Any]) -> int:
