@@ -10,37 +10,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.choices import choices_in_use
 from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.gates import GATES
 from taskmoe.moe.options import options_of
-from taskmoe.moe.representations.kinds import REPRESENTATIONS
 from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.tasks import TaskTable
-from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
 
 
 class Routing(nn.Module):
     """Task ids [Tb] -> gates [S, Tb, H, k] and slots (or None).
 
     ``temperature``, ``seed`` and ``step`` are set as training goes. ``router`` is None where the layers route
-    tokens themselves, and where no experts take gates.
+    tokens themselves, and where no experts take gates. ``representation`` serves what reads the tasks'
+    vectors: routers, or a bank without gates.
     """
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable) -> None:
         super().__init__()
-        method = {**ROUTERS, **TOKEN_ROUTERS}[config.router] if groups else None
+        chosen = choices_in_use(config)
         self.groups, self.gate, self.top_k = list(groups), GATES[config.gate], config.top_k
         self.gate_options = options_of("gate", config, self.gate)
         self.temperature, self.seed, self.step = config.router_temperature, 0, 0
         self.shape = (len(groups), config.num_heads, config.num_experts)
         self.representation: nn.Module | None = None
         self.router: nn.Module | None = None
-        if method is not None:
-            if "representation" in method.uses:
-                self.representation = REPRESENTATIONS[config.representation](config, tasks)
+        if "representation" in chosen and (groups or "router" not in chosen):
+            self.representation = chosen["representation"](config, tasks)
+        if groups and config.router in ROUTERS:
             dim = 0 if self.representation is None else int(self.representation.dim)  # type: ignore[arg-type]
-            if config.router in ROUTERS:
-                self.router = method(config, self.groups, tasks, dim)
+            self.router = chosen["router"](config, self.groups, tasks, dim)
 
     def forward(self, tasks: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """tasks: [Tb] int64; noise: of :meth:`noise`, for the same tasks."""

@@ -23,7 +23,7 @@ from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 from taskmoe.moe.options import options_of
 from taskmoe.moe.parts import by_row
-from taskmoe.moe.representations.kinds import REPRESENTATIONS
+from taskmoe.moe.representations.kinds import vector_size
 from taskmoe.moe.sub_blocks import BlockOutput, SubBlock, find_sub_blocks
 from taskmoe.moe.targets import routing_group
 from taskmoe.moe.tasks import TaskTable
@@ -112,23 +112,11 @@ class Generators(nn.Module):
         return down_TrN, self.bias(x_TI, context), up_TsN, norm_TV
 
 
-class TaskVectors(Bank):
-    """The tasks' representation: a group of its own, so that a new task can be fitted by its vector alone."""
-
-    kind: ClassVar[str] = "task_embedding"
-    splits: ClassVar[bool] = True
-
-    def __init__(self, config: TaskMoEConfig, table: TaskTable) -> None:
-        super().__init__()
-        self.representation = REPRESENTATIONS[config.representation](config, table)
-
-    def forward(self, context: Context, device: torch.device) -> Tensor:
-        """[T, D], for the tasks of the batch."""
-        return self.representation(context.task_ids(device))
-
-
 class HyperNetwork(nn.Module):
-    """All that generates, shared by the adapters of a model: it stands beside the model, once."""
+    """All that generates, shared by the adapters of a model: it stands beside the model, once.
+
+    The vectors of the tasks are those of the model's representation (``context.task_vectors()``).
+    """
 
     def __init__(
         self,
@@ -138,11 +126,10 @@ class HyperNetwork(nn.Module):
         blocks: Mapping[str, SubBlock],
     ) -> None:
         super().__init__()
-        self.vectors = TaskVectors(config, table)
         self.share = options.share
         layers = list(dict.fromkeys(b.layer for b in blocks.values()))
         self.layers = {name: i for i, name in enumerate(layers)}
-        places, d = max(b.position for b in blocks.values()) + 1, int(self.vectors.representation.dim)
+        places, d = max(b.position for b in blocks.values()) + 1, vector_size(config, table)
         self.places = None if options.share == "block" else Places(len(layers), places, d)
         d_in = d if self.places is None else 3 * d
         self.names = {n: self._name(n, b) for n, b in blocks.items()}
@@ -164,9 +151,9 @@ class HyperNetwork(nn.Module):
         group = routing_group(name, self.share).replace(".", "-")
         return group, f"{group}-{block.width}"
 
-    def forward(self, name: str, block: SubBlock, context: Context, device: torch.device) -> Any:
+    def forward(self, name: str, block: SubBlock, context: Context) -> Any:
         """The adapter of a block for each task of the batch, see :class:`Generators`."""
-        parts = [self.vectors(context, device)]
+        parts = [context.task_vectors()]
         if self.places is not None:
             parts += self.places(self.layers[block.layer], block.position, context)
         projector, generator = self.names[name]
@@ -188,7 +175,7 @@ class GeneratedAdapter(Bank):
     def forward(self, y_MN: Tensor, context: Context, plan: Plan) -> Tensor:
         """y_MN: [M, N] floating -> [M, N] in its dtype."""
         with without_autocast(y_MN):
-            down_TrN, bias_Tr, up_TsN, norm_TV = self.hyper[0](self.name, self.block, context, y_MN.device)
+            down_TrN, bias_Tr, up_TsN, norm_TV = self.hyper[0](self.name, self.block, context)
         own_T1 = torch.arange(len(down_TrN), device=y_MN.device).unsqueeze(1)
         h_Ms = bottleneck(y_MN, down_TrN[None], bias_Tr[None], own_T1, self.activate, plan)
         ones_T1 = h_Ms.new_ones(own_T1.shape)

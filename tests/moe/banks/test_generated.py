@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn import functional
@@ -21,14 +23,14 @@ VARIANTS = {
 
 
 def built(model, options, **settings):
-    options = {"hidden": 7, "dim": 6, **options}
-    config = TaskMoEConfig(bank="generated", r=3, task_embedding_dim=5, bank_options=options, **settings)
+    settings = {"task_embedding_dim": 5, "bank_options": {"hidden": 7, "dim": 6, **options}, **settings}
+    config = TaskMoEConfig(bank="generated", r=3, **settings)
     return attach(model, config, NAMES)
 
 
-def generated(hyper, task, name, options, layers, places):
+def generated(model, task, name, options, layers, places):
     """The adapter of one task behind block ``name``: down, bias, up, bias, norm."""
-    t = hyper.vectors.representation.embedding_TD[task]
+    t, hyper = model.routing.representation.embedding_TD[task], model.hyper
     layer, _, _ = name.partition(".self_attn" if ".self_attn" in name else ".mlp")
     share = options.get("share", "stack")
     if share == "block":
@@ -72,7 +74,7 @@ def written_out(plain, model, task, options):
     layers = ["model.layers.0", "model.layers.1"]
     for name, module in model.base_model.named_modules():
         if isinstance(module, BlockOutput):
-            weights = generated(model.hyper, task, name, options, layers, places)
+            weights = generated(model, task, name, options, layers, places)
             plain.get_submodule(name).register_forward_hook(hook(weights))
     return plain
 
@@ -137,10 +139,10 @@ def test_a_new_task_fits_its_vector_only(tiny, batch, shaken, head, tmp_path):
     model.save_pretrained(tmp_path)
     table = TaskTable.from_names([*NAMES, "copy"])
     grown = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path, table).eval()
-    old = model.hyper.vectors.representation.embedding_TD
-    new = grown.hyper.vectors.representation.embedding_TD
+    old = model.routing.representation.embedding_TD
+    new = grown.routing.representation.embedding_TD
     assert torch.equal(new[:3], old) and torch.allclose(new[3], old.mean(0))
-    assert grown.set_trainable(["task_embedding"]) == ["hyper.vectors.representation.embedding_TD"]
+    assert grown.set_trainable(["task_embedding"]) == ["routing.representation.embedding_TD"]
     known, inputs = batch("llama", [2, 0, 1]), batch("llama", [3, 3, 3])
     before = head(grown(**known))
     losses = []
@@ -160,7 +162,7 @@ def test_what_trains(tiny):
     model = built(tiny("llama"), {})
     groups = model.trainable_groups()
     assert all(n.startswith("hyper.") for n, _ in groups["experts"]) and groups["experts"]
-    assert [n for n, _ in groups["task_embedding"]] == ["hyper.vectors.representation.embedding_TD"]
+    assert [n for n, _ in groups["task_embedding"]] == ["routing.representation.embedding_TD"]
     assert not groups["base"] and not groups["router"]
     names = model.trainable_names()
     assert len(names) == len(set(names)) == sum(len(ps) for ps in groups.values())
@@ -179,3 +181,27 @@ def test_what_trains(tiny):
 def test_wrong_settings_are_errors(options, message, tiny):
     with pytest.raises(ConfigError, match=rf"moe.bank_options.{message}"):
         built(tiny("llama"), options)
+
+
+def test_vectors_from_a_file(tiny, batch, shaken, head, gradients, close, tmp_path):
+    vectors = {name: [float(i), 1.0 - i, 0.5] for i, name in enumerate(NAMES)}
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps(vectors))
+    settings = {"representation": "frozen", "representation_options": {"path": str(path)}}
+    config = TaskMoEConfig(bank="generated", r=3, bank_options={"hidden": 7, "dim": 6}, **settings)
+    model = shaken(attach(tiny("llama"), config, NAMES)).double().eval()
+    assert not model.trainable_groups()["task_embedding"]
+    learned = built(tiny("llama"), {}, task_embedding_dim=3).double().eval()
+    state = {n: p for n, p in model.named_parameters() if n.startswith("hyper.")}
+    with torch.no_grad():
+        for name, p in learned.named_parameters():
+            if name in state:
+                p.copy_(state[name])
+        learned.routing.representation.embedding_TD.copy_(torch.tensor(list(vectors.values())))
+    inputs = batch("llama", [2, 0, 1])
+    close(head(model(**inputs)), head(learned(**inputs)), 1e-12)
+    gradients(model, head(model(**inputs)).square().sum())  # all that trains gets one
+    model.save_pretrained(tmp_path / "saved")
+    path.unlink()
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "saved").double().eval()
+    assert torch.equal(head(again(**inputs)), head(model(**inputs)))
