@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 
-__all__ = ["BalancingConfig", "Config", "ConfigError", "DataConfig", "DatasetConfig", "EvaluationConfig",
-           "MixingConfig", "PhaseConfig", "SkillGymConfig", "SurgeryConfig", "TokenizerConfig",
-           "TrackConfig"]  # fmt: skip
+__all__ = ["BalancingConfig", "Config", "ConfigError", "ContrastiveConfig", "DataConfig", "DatasetConfig",
+           "EvaluationConfig", "MixingConfig", "PhaseConfig", "SkillGymConfig", "SurgeryConfig",
+           "TokenizerConfig", "TrackConfig"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class DatasetConfig:
     validation_split: str | None = None
     test_path: str | None = None
     test_split: str | None = None
-    format: str = "auto"  # text_label, input_output, instruction, prompt_completion, messages, conversations
+    # auto, text_label, input_output, instruction, prompt_completion, messages, conversations, pairs
+    format: str = "auto"
     template: str | None = None  # Jinja, placeholders are the row's columns and task, its name
     weight: float | None = None  # sampling share (mixing.strategy: explicit)
     group: str | None = None
@@ -70,7 +71,7 @@ class DataConfig:
     skill_gym: SkillGymConfig | None = None
     template: str | None = None  # default template of all datasets
     max_length: int = 256  # tokens of a sequence (seq2seq: of the input)
-    max_target_length: int = 64  # seq2seq: tokens of the target
+    max_target_length: int = 64  # seq2seq: tokens of the target; contrastive: of a text to find
     on_bad_row: str = "error"  # error | skip
     on_long_row: str = "error"  # error | skip | truncate
     packing: bool = False
@@ -137,6 +138,14 @@ class SurgeryConfig:
 
 
 @dataclass(frozen=True)
+class ContrastiveConfig:
+    """task_type FEATURE_EXTRACTION: each query must find its text among those of its task in the batch."""
+
+    similarity: str = "cosine"  # cosine | dot
+    temperature: float = 0.05  # similarities are divided by it
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured, and on how much."""
 
@@ -165,8 +174,11 @@ class Config:
     model_name_or_path: str | None = None
     model: dict | None = None  # {type: llama, hidden_size: ...}: built from a config instead
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    task_type: str = "CAUSAL_LM"  # CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS
-    pooling: str = "model"  # SEQ_CLS: model (the model's own head) | mean (mean of the last hidden state)
+    task_type: str = "CAUSAL_LM"  # CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS | FEATURE_EXTRACTION (contrastive)
+    # SEQ_CLS, FEATURE_EXTRACTION: model (the model's own head; the first position) | mean (of the last hidden
+    # state over the text)
+    pooling: str = "model"
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     # experts and routers

@@ -25,12 +25,14 @@ FORMATS = (
     "prompt_completion",
     "messages",
     "conversations",
+    "pairs",
 )
 
 # Key -> its values. `*` stands for the index of a list.
 CHOICES: dict[str, Collection[str]] = {
     "tokenizer.kind": ("bpe", "wordlevel", "char"),
-    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
+    "contrastive.similarity": ("cosine", "dot"),
     "pooling": ("model", "mean"),
     "moe.compose": ("after", "before"),
     "moe.router_scope": SCOPES,
@@ -98,7 +100,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *("moe.lora_alpha", "moe.router_temperature", "adam_epsilon", "phases.*.router_temperature"),
             *("mixing.temperature", "mixing.max_epochs", "moe.rank_pattern.*"),
             "moe.expert_pattern.*",
-            *("phases.*.mixing.temperature", "phases.*.mixing.max_epochs"),
+            *("phases.*.mixing.temperature", "phases.*.mixing.max_epochs", "contrastive.temperature"),
         ),
         _POSITIVE,
     ),

@@ -29,7 +29,11 @@ def _model(config: Config) -> Iterator[Rule]:
     named = config.model_name_or_path is not None
     yield "tokenizer", named, "a model named by model_name_or_path brings its own tokenizer"
     yield "trust_remote_code", not named, "there is no model_name_or_path to load code from"
-    yield "pooling", config.task_type != "SEQ_CLS", f"task_type is {config.task_type!r}, not 'SEQ_CLS'"
+    encodes = config.task_type in ("SEQ_CLS", "FEATURE_EXTRACTION")
+    yield "pooling", not encodes, f"task_type is {config.task_type!r}, which pools nothing"
+    contrasts = config.task_type == "FEATURE_EXTRACTION"
+    yield "contrastive", not contrasts, f"task_type is {config.task_type!r}, not 'FEATURE_EXTRACTION'"
+    yield "label_smoothing_factor", contrasts, "task_type is 'FEATURE_EXTRACTION': nothing is smoothed"
     yield (
         "gradient_checkpointing_reentrant",
         not config.gradient_checkpointing,
@@ -57,9 +61,9 @@ def _trains(method: Any) -> bool:
 
 
 def _data(config: Config) -> Iterator[Rule]:
-    data, classes = config.data, config.task_type == "SEQ_CLS"
-    only_pairs = f"task_type is {config.task_type!r}, not 'SEQ_2_SEQ_LM'"
-    yield "data.max_target_length", config.task_type != "SEQ_2_SEQ_LM", only_pairs
+    data, kind = config.data, config.task_type
+    one_text = kind in ("CAUSAL_LM", "SEQ_CLS")
+    yield "data.max_target_length", one_text, f"task_type is {kind!r}, whose rows are one text each"
     if data.skill_gym is not None:
         yield "data.skill_gym.conflict", data.skill_gym.rivals == 1, "data.skill_gym.rivals is 1"
     yield "data.group_by_length_window", data.packing, "data.packing is true: packs have no padding to save"
@@ -72,7 +76,7 @@ def _data(config: Config) -> Iterator[Rule]:
             "mixing.weights is set",
         )
     for key in ("evaluation.max_new_tokens", "evaluation.num_beams"):
-        yield key, classes, "task_type is 'SEQ_CLS': nothing is generated"
+        yield key, kind in ("SEQ_CLS", "FEATURE_EXTRACTION"), f"task_type is {kind!r}: nothing is generated"
 
 
 def _optimisation(config: Config) -> Iterator[Rule]:

@@ -5,6 +5,7 @@ Legend: Q queries, C candidates (texts to find, hard negatives among them), D fe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from taskmoe.moe.config import ConfigError
+from taskmoe.train.data.pairs import QUERY, TEXT
 from taskmoe.train.distributed import gather_objects, world_size
 
 SIMILARITIES = ("dot", "cosine")
@@ -57,6 +59,36 @@ def info_nce(
     scores_QC = scores_QC.masked_fill(~allowed_QC, -torch.inf)
     own_Q = scores_QC.gather(1, positives_Q.unsqueeze(1)).squeeze(1)
     return scores_QC.logsumexp(1) - own_Q
+
+
+def batch_losses(vectors_ND: Tensor, batch: Mapping[str, Any], queries_Q: Tensor) -> Tensor:
+    """:func:`info_nce` of the queries of a batch, among its texts, by the inner product: [Q].
+
+    The negatives are those that the batch of this rank holds, so the loss depends on how many rows a rank
+    takes at a time (``per_device_train_batch_size``).
+
+    Args:
+        vectors_ND: of every text of the batch; batch: ``roles``, ``pairs``, ``keys``, ``task_ids``, [N] each
+            (:func:`taskmoe.train.data.pairs.texts_of`).
+        queries_Q: int64, which texts are the queries.
+    """
+    device = vectors_ND.device
+    queries_QD = vectors_ND.index_select(0, queries_Q.to(device))
+    if not len(queries_Q):
+        return queries_QD.sum(1)  # empty, and still part of the graph
+    columns = {name: batch[name].to(device) for name in ("roles", "pairs", "keys", "task_ids")}
+    texts_C = (columns["roles"] != QUERY).nonzero().squeeze(1)
+    queries_Q = queries_Q.to(device)
+    right_QC = columns["pairs"][queries_Q].unsqueeze(1) == columns["pairs"][texts_C]
+    right_QC = right_QC & (columns["roles"][texts_C] == TEXT)
+    return info_nce(
+        queries_QD,
+        vectors_ND.index_select(0, texts_C),
+        right_QC.int().argmax(1),
+        columns["task_ids"][queries_Q],
+        columns["task_ids"][texts_C],
+        keys_C=columns["keys"][texts_C],
+    )
 
 
 def positive_ranks(

@@ -104,6 +104,8 @@ def evaluate(
         names = dict.fromkeys([specs[task], *(LABELLED if labels else FREE)])
         scores: dict[str, Any] = {n: resolve(n, labels)(predictions[task], rows) for n in names}
         total, tokens = losses[task]
+        if task in predictor.reciprocal:
+            scores["mrr"] = predictor.reciprocal[task]
         scores["loss"] = total / tokens if tokens else float("nan")
         results[table[task].name] = scores | {"rows": len(rows), "metric": specs[task]}
     found: dict[str, Any] = {"tasks": results, **_summary(config, results)}

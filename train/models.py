@@ -73,7 +73,8 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: TaskT
 
     CAUSAL_LM and SEQ_2_SEQ_LM give the language model; SEQ_CLS gives the model with its own classification
     head of ``num_labels`` = the largest label count (``pooling: model``), or the bare encoder without pooler
-    (``pooling: mean``); the heads per task come from ``taskmoe.moe.heads.attach_heads``. With ``bf16`` the
+    (``pooling: mean``); the heads per task come from ``taskmoe.moe.heads.attach_heads``. FEATURE_EXTRACTION
+    gives the bare encoder. With ``bf16`` the
     weights are bf16 unless a phase trains the base: whatever trains stays in fp32.
 
     Raises:
@@ -234,7 +235,8 @@ def _new_config(values: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> P
         "kwargs",
         "transformers_version",
     }
-    own = {key: value for key, value in values.items() if key != "type"}
+    # A key without a value takes back what a file below says.
+    own = {key: value for key, value in values.items() if key != "type" and value is not None}
     for key in own:
         if key in OWN_KEYS:
             raise ConfigError(
@@ -266,7 +268,9 @@ def _auto_class(config: Config, hf_config: PreTrainedConfig, where: str) -> Any:
         if config.pooling not in ("model", "mean"):
             raise ConfigError(f"pooling: {config.pooling!r} is neither model nor mean")
         if config.pooling == "mean":
-            auto = AutoModelForTextEncoding if hf_config.is_encoder_decoder else AutoModel
+            auto = AutoModel
+    if auto is AutoModel and hf_config.is_encoder_decoder:
+        auto = AutoModelForTextEncoding
     remote = config.trust_remote_code and auto.__name__ in (getattr(hf_config, "auto_map", None) or {})
     if type(hf_config) in auto._model_mapping or remote:
         return auto
@@ -290,4 +294,5 @@ AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
+    "FEATURE_EXTRACTION": AutoModel,
 }

@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from taskmoe.moe.config import ConfigError
+from taskmoe.train.contrastive import batch_losses
 
 IGNORE = -100
 REDUCTIONS = ("token", "task", "sample")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
+ONE_TARGET = ("SEQ_CLS", "FEATURE_EXTRACTION")  # a label, or a query's own text, a sequence
 
 
 def model_inputs(
@@ -48,7 +51,7 @@ def model_inputs(
         inputs["decoder_input_ids"] = shifted_BL.masked_fill(
             shifted_BL == IGNORE, model_config.pad_token_id or 0
         )
-    if task_type != "SEQ_CLS":
+    if task_type not in ONE_TARGET:
         inputs["use_cache"] = False  # nothing is generated; with a cache, packed rows would see each other
     return inputs
 
@@ -89,18 +92,19 @@ def targets(batch: Mapping[str, Any], task_type: str) -> Targets:
 
     Args:
         batch: ``labels`` [B, L] (CAUSAL_LM: aligned with the input, shifted here), [B, Lt] (SEQ_2_SEQ_LM) or
-            [B] (SEQ_CLS), int64, -100 where there is none; ``task_ids`` [B], or [B, L] in packed batches,
-            which also have ``position_ids`` [B, L] that restart at 0 with each sequence.
-        task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS.
+            [B] (SEQ_CLS; FEATURE_EXTRACTION: of queries), int64, -100 where there is none; ``task_ids`` [B],
+            or [B, L] in packed batches, which also have ``position_ids`` [B, L] that restart at 0 with each
+            sequence.
+        task_type: one of ``TASK_TYPES``.
 
     Raises:
         ConfigError: an unknown task type.
     """
-    if task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"):
-        raise ConfigError(f"task_type: {task_type!r} is none of CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS")
+    if task_type not in TASK_TYPES:
+        raise ConfigError(f"task_type: {task_type!r} is none of {', '.join(TASK_TYPES)}")
     labels, device = batch["labels"], batch["labels"].device
     task_ids = batch["task_ids"].to(device)
-    labels_BL = labels.unsqueeze(1) if task_type == "SEQ_CLS" else labels
+    labels_BL = labels.unsqueeze(1) if task_type in ONE_TARGET else labels
     L = labels_BL.shape[1]
     starts_BL = torch.zeros_like(labels_BL, dtype=torch.bool)
     starts_BL[:, 0] = True
@@ -140,6 +144,7 @@ def token_losses(
 
     Args:
         logits: [B, L, V], or [B, V] (SEQ_CLS), floating point; bf16 and fp16 are computed in fp32.
+            FEATURE_EXTRACTION: the texts' vectors [B, D]; see :func:`taskmoe.train.contrastive.info_nce`.
         batch: as in :func:`targets`.
 
     Returns:
@@ -150,6 +155,9 @@ def token_losses(
         ConfigError: an unknown task type.
     """
     found = targets(batch, task_type)
+    if task_type == "FEATURE_EXTRACTION":
+        losses_n = batch_losses(logits, batch, found.rows_n)
+        return losses_n, found.tasks_n.to(logits.device), found.sequences_n.to(logits.device)
     rows_nV = logits.reshape(-1, logits.shape[-1]).index_select(0, found.rows_n.to(logits.device))
     labels_n = found.labels_n.to(logits.device)
     if rows_nV.dtype not in (torch.float32, torch.float64):

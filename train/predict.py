@@ -6,6 +6,7 @@ a batch, and with it every number, is the same on one rank and on eight.
 
 - Classification by an encoder: the label with the largest logit.
 - Classification by a language model: every label's text is scored by its mean log-likelihood a token.
+- Encoders of texts: the text that is nearest to the query among those of its task's rows.
 - Everything else: greedy or beam generation.
 
 Legend: B sequences of a batch, n targets.
@@ -17,14 +18,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from taskmoe.train.config import Config
+from taskmoe.train.contrastive import positive_ranks, similarities
 from taskmoe.train.data.bundle import TaskSplit
 from taskmoe.train.data.collator import Collator
 from taskmoe.train.data.encode import encode_targets
+from taskmoe.train.data.pairs import QUERY, TEXT
 from taskmoe.train.distributed import Ranks, gather_objects
-from taskmoe.train.objectives import IGNORE, model_inputs, token_losses
+from taskmoe.train.objectives import IGNORE, ONE_TARGET, model_inputs, token_losses
 
 # One sequence to run: (length, task, row, index of the label whose text stands as the answer, or -1).
 Item = tuple[int, int, int, int]
@@ -58,7 +62,8 @@ class Predictor:
         self.rows = {task: _spread(len(split.tokens), most) for task, split in splits.items()}
         # The labels' tokens, of the tasks whose labels are scored by likelihood.
         self.answers: dict[int, list[list[int]]] = {}
-        if self.task_type != "SEQ_CLS":
+        self.reciprocal: dict[int, float] = {}  # FEATURE_EXTRACTION: mean of 1 / rank of the right text
+        if self.task_type not in ONE_TARGET:
             for task in splits:
                 if self.tasks[task].labels:
                     self.answers[task] = encode_targets(tokenizer, self.tasks[task].labels, self.task_type)
@@ -66,6 +71,8 @@ class Predictor:
     @torch.no_grad()
     def run(self) -> tuple[dict[int, list[str]], dict[int, tuple[float, int]]]:
         """Predicted texts of each task in the order of ``rows[task]``, and (loss sum, target tokens)."""
+        if self.task_type == "FEATURE_EXTRACTION":
+            return self._find()
         scored = self._shared(self._scored_items(), self._score)
         predictions: dict[int, list[str]] = {}
         losses: dict[int, tuple[float, int]] = {}
@@ -80,6 +87,42 @@ class Predictor:
         for task in free:
             predictions[task] = [generated[task, row, -1] for row in self.rows[task]]
         return predictions, losses
+
+    def _find(self) -> tuple[dict[int, list[str]], dict[int, tuple[float, int]]]:
+        """The text that each query finds among the texts of its task's rows, and the losses.
+
+        Losses are those of training, so they depend on the rows that are run together; the rest does not.
+        """
+        seen = self._shared(self._scored_items(), self._embed)
+        predictions: dict[int, list[str]] = {}
+        losses: dict[int, tuple[float, int]] = {}
+        for task, rows in self.rows.items():
+            mine = [seen[task, row, -1] for row in rows]
+            losses[task] = (sum(loss for loss, _, _ in mine), len(mine))
+            targets = [self.splits[task].raw[row]["target"] for row in rows]
+            places: dict[str, int] = {}  # of each text where it comes first
+            for i, text in enumerate(targets):
+                places.setdefault(text, i)
+            texts, first = list(places), torch.tensor(list(places.values()))
+            numbers = {text: i for i, text in enumerate(texts)}
+            queries_QD = torch.stack([query for _, query, _ in mine])
+            texts_CD = torch.stack([text for _, _, text in mine])[first]
+            right_Q = torch.tensor([numbers[text] for text in targets])
+            tasks_Q, tasks_C = torch.zeros_like(right_Q), torch.zeros_like(first)
+            ranks_Q = positive_ranks(queries_QD, texts_CD, right_Q, tasks_Q, tasks_C)
+            self.reciprocal[task] = float((1 / ranks_Q.double()).mean())
+            best_Q = similarities(queries_QD, texts_CD, "dot").argmax(1).tolist()
+            predictions[task] = [texts[i] for i in best_Q]
+        return predictions, losses
+
+    def _embed(self, items: list[Item]) -> list[tuple[float, Tensor, Tensor]]:
+        """(loss, vector of the query, vector of its text) of each item, on the CPU."""
+        batch = self.collator([self._columns(item) for item in items])
+        vectors = self.model(**model_inputs(batch, self.task_type, self.model.config, self.device)).logits
+        losses_n, _, _ = token_losses(vectors, batch, self.task_type)
+        vectors, roles = vectors.cpu().double(), batch["roles"]
+        parts = (losses_n.cpu().double().tolist(), vectors[roles == QUERY], vectors[roles == TEXT])
+        return _in_order(list(zip(*parts, strict=True)), batch["order"])
 
     def _choose(self, task: int, scored: dict[tuple[int, int, int], tuple[float, int, int]]) -> list[str]:
         """The predicted label of each row; among equals the first."""

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from taskmoe.moe import StateError, TaskMoEModel, TaskTable, attach, attach_heads
+from taskmoe.moe.text_encoder import TextEncoder
 from taskmoe.train.config import Config
 from taskmoe.train.data.bundle import DataBundle, read_tasks, tokenise
 from taskmoe.train.data.collator import Collator
@@ -91,6 +92,9 @@ def build_moe(
     torch.manual_seed(config.seed)
     if config.task_type == "SEQ_CLS":
         base = attach_heads(base, tasks, config.pooling)
+    if config.task_type == "FEATURE_EXTRACTION":
+        cosine, scale = config.contrastive.similarity == "cosine", config.contrastive.temperature**-0.5
+        base = TextEncoder(base, config.pooling, cosine, scale)
     model = attach(base.to(ranks.device), config.moe, tasks)
     model.to(ranks.device)
     if config.gradient_checkpointing:

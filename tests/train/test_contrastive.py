@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from taskmoe.moe.config import ConfigError
 from taskmoe.train.contrastive import gather_rows, info_nce, positive_ranks
+from taskmoe.train.data.collator import Collator
+from taskmoe.train.micro_batch import task_slice
+from taskmoe.train.objectives import count, step_loss, task_losses, token_losses
 
 SETTINGS = [
     {"similarity": similarity, "across_tasks": across, "temperature": temperature}
@@ -189,3 +193,64 @@ def test_alone_rows_are_gathered_as_they_are():
     rows, start = gather_rows(x)
     assert rows is x
     assert start == 0
+
+
+ROWS = [
+    {"task": 1, "input_ids": [5, 6], "labels": [7], "negatives": [[8, 8], [4]]},
+    {"task": 0, "input_ids": [3], "labels": [4], "negatives": []},
+    {"task": 1, "input_ids": [2], "labels": [4, 4], "negatives": []},
+    {"task": 1, "input_ids": [9], "labels": [7], "negatives": [[2]]},
+    {"task": 0, "input_ids": [6], "labels": [5, 5], "negatives": []},
+]
+
+
+def vectors_of(batch) -> torch.Tensor:
+    """A vector for each text, the same for equal texts: a table of its ids, summed."""
+    table = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return (table[batch["input_ids"]] * batch["attention_mask"].unsqueeze(-1)).sum(1)
+
+
+@pytest.fixture
+def batch():
+    return Collator(SimpleNamespace(pad_token_id=0, eos_token_id=1), "FEATURE_EXTRACTION", 3)(ROWS)
+
+
+def test_a_batch_is_its_rows_spelt_out(batch):
+    """Every query among all texts of its task but those equal to its own."""
+    vectors = vectors_of(batch)
+    padded = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ids = [row[mask.bool()].tolist() for row, mask in padded]
+    found, tasks, _ = token_losses(vectors, batch, "FEATURE_EXTRACTION")
+    assert tasks.tolist() == [0, 0, 1, 1, 1]
+    for loss, row in zip(found, [ROWS[i] for i in batch["order"]], strict=True):
+        mine = [other for other in ROWS if other["task"] == row["task"]]
+        texts = [text for other in mine for text in [other["labels"], *other["negatives"]]]
+        query, right = (vectors[ids.index(row[n])] for n in ("input_ids", "labels"))
+        wrong = [vectors[ids.index(t)] for t in texts if t != row["labels"]]
+        scores = torch.stack([query @ right, *(query @ w for w in wrong)])
+        assert float(loss) == pytest.approx(float(scores.logsumexp(0) - scores[0]), rel=1e-12)
+
+
+def test_a_step_counts_queries_and_slices_by_task(batch):
+    counts = count(batch, "FEATURE_EXTRACTION", 3)
+    assert counts.tokens_T.tolist() == counts.samples_T.tolist() == [2, 3, 0]
+    weights = torch.tensor([1.0, 0.5, 1.0], dtype=torch.float64)
+    vectors = vectors_of(batch)
+    whole, sums = step_loss(vectors, batch, counts, weights, task_type="FEATURE_EXTRACTION")
+    parts, _ = task_losses(vectors, batch, counts, weights, task_type="FEATURE_EXTRACTION")
+    assert float(parts.sum()) == pytest.approx(float(whole), rel=1e-12)
+    for task in range(3):
+        part = task_slice(batch, task)
+        alone, own = step_loss(vectors_of(part), part, counts, weights, task_type="FEATURE_EXTRACTION")
+        assert float(alone) == pytest.approx(float(parts[task]), rel=1e-12, abs=1e-15)
+        assert float(own[task]) == pytest.approx(float(sums[task]), rel=1e-12, abs=1e-15)
+
+
+def test_a_batch_without_queries_gives_a_zero_that_is_part_of_the_graph(batch):
+    part = task_slice(batch, 2)
+    vectors = vectors_of(part).requires_grad_()
+    counts = count(batch, "FEATURE_EXTRACTION", 3)
+    loss, _ = step_loss(vectors, part, counts, torch.ones(3), task_type="FEATURE_EXTRACTION")
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert not vectors.grad.any()

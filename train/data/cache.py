@@ -26,6 +26,12 @@ _FEATURES = {
     "CAUSAL_LM": {"input_ids": _IDS, "labels": _IDS, "length": _INT, "prompt_length": _INT},
     "SEQ_2_SEQ_LM": {"input_ids": _IDS, "labels": _IDS, "length": _INT},
     "SEQ_CLS": {"input_ids": _IDS, "label": _INT, "length": _INT},
+    "FEATURE_EXTRACTION": {
+        "input_ids": _IDS,
+        "labels": _IDS,
+        "negatives": datasets.List(_IDS),
+        "length": _INT,
+    },
 }
 # Lengths before any cut; loss_tokens is 0 where nothing could be learned from the row.
 _CHECKS = {"row": _INT, "full_length": _INT, "target_length": _INT, "loss_tokens": _INT}
@@ -101,6 +107,8 @@ def _columns(rows: list[Row], labels: tuple[str, ...] | None, task_type: str) ->
     columns: Columns = {"prompt": [r["prompt"] for r in rows], "target": [r["target"] for r in rows]}
     if task_type == "CAUSAL_LM":
         columns["messages"] = [json.dumps(r["messages"]) if r["messages"] else "" for r in rows]
+    if task_type == "FEATURE_EXTRACTION":
+        columns["negatives"] = [json.dumps(r.get("negatives") or []) for r in rows]
     return columns
 
 

@@ -12,6 +12,7 @@ import torch
 
 from taskmoe.moe.tasks import TaskError
 from taskmoe.train.data.packing import pack
+from taskmoe.train.data.pairs import texts_of
 
 Batch = dict[str, Any]
 
@@ -23,7 +24,7 @@ class Collator:
 
     Args:
         tokenizer: gives the padding id (its end-of-sequence id, or 0, when it has none).
-        task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS.
+        task_type: CAUSAL_LM | SEQ_2_SEQ_LM | SEQ_CLS | FEATURE_EXTRACTION.
         n_tasks: size of the task table.
         label_counts: SEQ_CLS: classes of each task.
         packing: causal LM: several rows a sequence.
@@ -59,7 +60,8 @@ class Collator:
             with -100 where there is no loss; task_ids: int64 [B] on the CPU; order: ``order[i]`` is the place
             in ``rows`` of the batch's i-th row; instance_embeddings, where rows have them. Packed: task_ids
             [B, L], position_ids [B, L], segment_ids [B, L] (the i of ``order``, -1 on padding) and no
-            attention_mask.
+            attention_mask. FEATURE_EXTRACTION: a row a text (:func:`taskmoe.train.data.pairs.texts_of`), and
+            ``order`` of the queries.
 
         Raises:
             TaskError: a task id outside the table, or a label id outside the task's classes.
@@ -68,6 +70,14 @@ class Collator:
         rows = [rows[i] for i in order]
         if self.packing:
             return {**self._packed(rows), "order": order}
+        if self.task_type == "FEATURE_EXTRACTION":
+            texts, columns = texts_of(rows)
+            return {
+                "input_ids": pad(texts, self.pad_id),
+                "attention_mask": pad([[1] * len(ids) for ids in texts], 0),
+                **columns,
+                "order": order,
+            }
         inputs = [row["input_ids"] for row in rows]
         if self.task_type == "SEQ_CLS":
             labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)

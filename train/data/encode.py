@@ -25,6 +25,8 @@ IGNORE = -100
 
 def encode_prompts(tokenizer: Any, texts: Sequence[str], task_type: str) -> list[Ids]:
     """Ids of prompts with the tokenizer's special tokens, but for a causal LM none that ends the sequence."""
+    if not texts:
+        return []  # the tokenizer refuses
     ids = _call(tokenizer, texts, add_special_tokens=True)
     if task_type != "CAUSAL_LM":
         return ids
@@ -140,29 +142,50 @@ class Encoder:
             columns = self._causal(batch, rows)
         elif self.task_type == "SEQ_2_SEQ_LM":
             columns = self._seq2seq(batch)
+        elif self.task_type == "FEATURE_EXTRACTION":
+            columns = self._pairs(batch)
         else:
             columns = self._inputs(batch["prompt"])
             columns["label"] = batch["label"]
             columns["target_length"] = [0] * len(rows)
             columns["loss_tokens"] = [1] * len(rows)
-        columns["length"] = [len(ids) for ids in columns["input_ids"]]
+        if "length" not in columns:
+            columns["length"] = [len(ids) for ids in columns["input_ids"]]
         columns["row"] = rows
         return columns
 
-    def _inputs(self, texts: list[str]) -> Columns:
+    def _inputs(self, texts: list[str], max_length: int | None = None) -> Columns:
+        max_length = self.max_length if max_length is None else max_length
         ids = encode_prompts(self.tokenizer, texts, self.task_type)
         full = [len(one) for one in ids]
         if self.cut:
             # The tokenizer itself cuts, because it knows which special tokens must survive.
-            for i in [i for i, n in enumerate(full) if n > self.max_length]:
+            for i in [i for i, n in enumerate(full) if n > max_length]:
                 (ids[i],) = _call(
                     self.tokenizer,
                     [texts[i]],
                     add_special_tokens=True,
                     truncation=True,
-                    max_length=self.max_length,
+                    max_length=max_length,
                 )
         return {"input_ids": ids, "full_length": full}
+
+    def _pairs(self, batch: Columns) -> Columns:
+        """Queries, the texts they must find, and wrong ones: all of them as an encoder reads texts."""
+        columns = self._inputs(batch["prompt"])
+        texts = self._inputs(batch["target"], self.max_target_length)
+        wrong = [json.loads(row) for row in batch["negatives"]]
+        ids = self._inputs([text for row in wrong for text in row], self.max_target_length)
+        found = iter(zip(ids["input_ids"], ids["full_length"], strict=True))
+        others = [[next(found) for _ in row] for row in wrong]
+        columns["labels"] = texts["input_ids"]
+        columns["negatives"] = [[one for one, _ in row] for row in others]
+        full = zip(texts["full_length"], others, strict=True)
+        columns["target_length"] = [max([length, *(n for _, n in row)]) for length, row in full]
+        rows = list(zip(columns["input_ids"], columns["labels"], columns["negatives"], strict=True))
+        columns["loss_tokens"] = [int(bool(query and text)) for query, text, _ in rows]
+        columns["length"] = [max(map(len, [query, text, *others])) for query, text, others in rows]
+        return columns
 
     def _seq2seq(self, batch: Columns) -> Columns:
         columns = self._inputs(batch["prompt"])

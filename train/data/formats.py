@@ -1,4 +1,4 @@
-"""Rows of six layouts to one canonical row.
+"""Rows of seven layouts to one canonical row.
 
 A canonical row is a dict:
     prompt    what the model reads (after the template); for messages all turns but the last, as text
@@ -6,6 +6,7 @@ A canonical row is a dict:
     accepted  all right answers, the target first
     messages  [{role, content}] ending in an assistant turn, or None
     label     the label's text, or None when the row is no classification row
+    negatives texts that the query must not find (format pairs, where the row has any)
     where     file:line
 """
 
@@ -98,7 +99,14 @@ def parse_row(
             prompt += spec.separator
     target = _column(row, spec.target, where, form, strip=labelled)
     accepted = [target, *(a for a in _accepted(row, where) if a != target)]
-    return _canonical(prompt, target, accepted, None, target if labelled else None, where)
+    wrong = _texts(row, "negatives", where) if form == "pairs" else []
+    if wrong and task_type != "FEATURE_EXTRACTION":
+        raise DataError(
+            f"column 'negatives' has no use for task_type {task_type}; remove it, or use FEATURE_EXTRACTION",
+            where,
+        )
+    found = {"negatives": wrong} if wrong else {}
+    return found | _canonical(prompt, target, accepted, None, target if labelled else None, where)
 
 
 def _canonical(
@@ -175,7 +183,12 @@ def _check_text(text: str, what: str, where: str) -> None:
 
 
 def _accepted(row: Row, where: str) -> list[str]:
-    value = row.get("accepted")
+    return _texts(row, "accepted", where)
+
+
+def _texts(row: Row, column: str, where: str) -> list[str]:
+    """A column that holds a list of texts, without empty ones and repeats; [] where it is missing."""
+    value = row.get(column)
     if value is None or value == "":
         return []
     if isinstance(value, str):  # a table's cell
@@ -185,14 +198,14 @@ def _accepted(row: Row, where: str) -> list[str]:
             value = None
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"column 'accepted' must be a list of strings, found {shorten(row['accepted'])}",
+            f"column {column!r} must be a list of strings, found {shorten(row[column])}",
             where,
             "wrong type",
         )
     # Word lists hold empty alternatives; an empty answer is never right.
-    answers = [a for a in (to_text(v, "column 'accepted'", where) for v in value) if a.strip()]
+    answers = [a for a in (to_text(v, f"column {column!r}", where) for v in value) if a.strip()]
     for answer in answers:
-        _check_text(answer, "column 'accepted'", where)
+        _check_text(answer, f"column {column!r}", where)
     return list(dict.fromkeys(answers))
 
 
@@ -242,6 +255,13 @@ def render_turns(messages: list[dict[str, str]]) -> str:
     return "".join(f"{m['role']}: {m['content']}\n" for m in messages)
 
 
+# What turns do not have, and formats that do.
+TWO_TEXTS = {
+    "SEQ_CLS": ("label", "text_label or input_output"),
+    "FEATURE_EXTRACTION": ("query", "pairs, input_output or text_label"),
+}
+
+
 def check_settings(form: str, has_template: bool, task_type: str, key: str) -> None:
     """Settings that cannot go together.
 
@@ -257,10 +277,9 @@ def check_settings(form: str, has_template: bool, task_type: str, key: str) -> N
     if form in ("messages", "conversations"):
         if has_template:
             raise ConfigError(f"{key}.template: has no effect on format {form}; remove it")
-        if task_type == "SEQ_CLS":
-            raise ConfigError(
-                f"{key}.format: {form} has no label; task_type SEQ_CLS needs text_label or input_output"
-            )
+        if task_type in TWO_TEXTS:
+            lacks, fit = TWO_TEXTS[task_type]
+            raise ConfigError(f"{key}.format: {form} has no {lacks}; task_type {task_type} needs {fit}")
 
 
 # In the order in which "auto" tries them.
@@ -271,4 +290,5 @@ FORMATS: dict[str, Format] = {
     "input_output": Format(("input",), "output"),
     "prompt_completion": Format(("prompt",), "completion", separator=""),
     "text_label": Format(("text",), "label"),
+    "pairs": Format(("query",), "positive"),
 }

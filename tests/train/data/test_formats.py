@@ -19,6 +19,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "prompt_completion": {"prompt": "a ->", "completion": " b"},
     "messages": {"messages": TURNS},
     "conversations": {"conversations": SHAREGPT},
+    "pairs": {"query": "who", "positive": "he", "negatives": ["she", "", "she", "it"]},
 }
 
 
@@ -135,3 +136,18 @@ def test_settings_that_do_not_fit() -> None:
         check_settings("messages", True, "CAUSAL_LM", "datasets[0]")
     with pytest.raises(ConfigError, match="SEQ_CLS needs text_label"):
         check_settings("conversations", False, "SEQ_CLS", "datasets[0]")
+
+
+def test_pairs_keep_their_negatives():
+    row = parse("pairs", ROWS["pairs"], "FEATURE_EXTRACTION")
+    assert (row["prompt"], row["target"], row["negatives"]) == ("who", "he", ["she", "it"])
+    assert "negatives" not in parse("pairs", {"query": "who", "positive": "he"}, "FEATURE_EXTRACTION")
+    with pytest.raises(DataError, match="'negatives' has no use for task_type CAUSAL_LM"):
+        parse("pairs", ROWS["pairs"])
+    with pytest.raises(DataError, match="column 'negatives' must be a list of strings"):
+        parse("pairs", {"query": "who", "positive": "he", "negatives": "she"}, "FEATURE_EXTRACTION")
+
+
+def test_turns_are_no_pairs():
+    with pytest.raises(ConfigError, match="messages has no query; task_type FEATURE_EXTRACTION needs pairs"):
+        check_settings("messages", False, "FEATURE_EXTRACTION", "datasets[0]")
