@@ -6,6 +6,7 @@ batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -34,8 +35,9 @@ class TokenClusterRouter(Bank):
     embedding of the row's sequence (``instance_embeddings`` of the model's forward), C the centroids of the
     training instances: similarities are taken as they are, and may be negative.
 
-    weight_E1K: [E, 1, K], zero, as in the paper; omega_1, beta_1: [1], zero; all float32. centroids_ED: [E,
-    D], a buffer saved with the adapter, zero until :func:`set_centroids`.
+    weight_E1K: [E, 1, K], uniform in +-1 / sqrt(K) (theirs is zero, under which freely paired halves of one row
+    of A stay equal); omega_1, beta_1: [1], zero; all float32. centroids_ED: [E, D], a buffer saved with the
+    adapter, zero until :func:`set_centroids`.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts", "router_temperature")
@@ -55,8 +57,8 @@ class TokenClusterRouter(Bank):
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
         self.options = options_of("router", config, type(self))
-        E = config.num_experts
-        self.weight_E1K = nn.Parameter(torch.zeros(E, 1, d_in))
+        E, bound = config.num_experts, 1 / math.sqrt(d_in)
+        self.weight_E1K = nn.Parameter(torch.empty(E, 1, d_in).uniform_(-bound, bound))
         self.omega_1, self.beta_1 = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.register_buffer("centroids_ED", torch.zeros(E, self.options.dim))
         self.total = E / 4  # of the gates at the start, without the clusters
