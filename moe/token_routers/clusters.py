@@ -35,8 +35,8 @@ class TokenClusterRouter(Bank):
     embedding of the row's sequence (``instance_embeddings`` of the model's forward), C the centroids of the
     training instances: similarities are taken as they are, and may be negative.
 
-    weight_E1K: [E, 1, K], uniform in +-1 / sqrt(K) (theirs is zero, under which freely paired halves of one row
-    of A stay equal); omega_1, beta_1: [1], zero; all float32. centroids_ED: [E, D], a buffer saved with the
+    weight_E1K: [E, 1, K], uniform in +-1 / sqrt(K) (theirs is zero, under which freely paired halves
+    stay equal); omega_1, beta_1: [1], zero; all float32. centroids_ED: [E, D], a buffer saved with the
     adapter, zero until :func:`set_centroids`.
     """
 
