@@ -45,9 +45,9 @@ def check(config: TaskMoEConfig) -> None:
         )
     if config.compose not in ("after", "before"):
         raise ConfigError(f"moe.compose: {config.compose!r} is unknown; known are after, before")
-    if config.new_task_rows not in ("mean", "zero", "random"):
+    if config.new_task_rows not in ("mean", "zero", "random", "nearest"):
         raise ConfigError(
-            f"moe.new_task_rows: {config.new_task_rows!r} is unknown; known are mean, zero, random"
+            f"moe.new_task_rows: {config.new_task_rows!r} is unknown; known are mean, zero, random, nearest"
         )
     if config.num_heads > 1 and config.compose != "before":
         raise ConfigError(

@@ -51,7 +51,7 @@ class TaskMoEConfig:
     rank_pattern: dict[str, int] | None = None  # {module name or regex: r}
     expert_pattern: dict[str, int] | None = None  # {module name or regex: num_experts}; token routers only
     modules_to_save: tuple[str, ...] | None = None
-    new_task_rows: str = "mean"  # rows of tasks added later: mean | zero | random
+    new_task_rows: str = "mean"  # rows of tasks added later: mean | zero | random | nearest (in a run)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

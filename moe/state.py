@@ -131,7 +131,7 @@ def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
     if value.shape[axis] == parameter.shape[axis]:
         return value
     new = parameter.detach().cpu().narrow(axis, value.shape[axis], parameter.shape[axis] - value.shape[axis])
-    if rule == "mean":
+    if rule in ("mean", "nearest"):  # a run looks for the nearest once the adapter is whole
         new = value.mean(axis, keepdim=True).expand_as(new)
     elif rule == "zero":
         new = torch.zeros_like(new)

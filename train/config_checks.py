@@ -36,7 +36,7 @@ CHOICES: dict[str, Collection[str]] = {
     "pooling": ("model", "mean"),
     "moe.compose": ("after", "before"),
     "moe.router_scope": SCOPES,
-    "moe.new_task_rows": ("mean", "zero", "random"),
+    "moe.new_task_rows": ("mean", "zero", "random", "nearest"),
     "datasets.*.format": FORMATS,
     "data.on_bad_row": ("error", "skip"),
     "data.on_long_row": ("error", "skip", "truncate"),
@@ -196,6 +196,9 @@ def _check_combinations(config: Config, check: Decoder) -> None:
     for i, entry in enumerate(config.datasets):
         if not entry.path:
             raise check.fail(f"datasets.{i}.path", "is missing; give a file, a folder or a name on the hub")
+    if config.moe.new_task_rows == "nearest" and config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        message = f"'nearest' compares losses, which {config.task_type} has under a task's own head alone; set mean"
+        raise check.fail("moe.new_task_rows", message)
     if data.packing and config.task_type != "CAUSAL_LM":
         raise check.fail("data.packing", f"only task_type CAUSAL_LM can be packed, not {config.task_type}")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:

@@ -23,6 +23,7 @@ from taskmoe.train.instances import begin as begin_instances
 from taskmoe.train.meter import Meter
 from taskmoe.train.micro_batch import learn
 from taskmoe.train.mixing import excess, rates
+from taskmoe.train.nearest import start_from_nearest
 from taskmoe.train.objectives import Counts, count
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
 from taskmoe.train.setup import build_data, build_moe
@@ -227,6 +228,8 @@ class Run:
             start_anew(self.model, fresh, groups)
             if phase.gate is not None:
                 self.model.use_gate(phase.gate)
+        if self.added and self.carried is None and self.config.moe.new_task_rows == "nearest":
+            self._start_added_tasks()
         self.engine = Engine(self.model, self.config, phase, self.ranks)
         if rng is not None:
             checkpoint.set_rng_state(rng)
@@ -243,6 +246,14 @@ class Run:
             torch.manual_seed(self.config.seed + self.ranks.rank)  # dropout differs between ranks
         self.carried = None
         self._moved = self._checked = False
+
+    def _start_added_tasks(self) -> None:
+        found = start_from_nearest(
+            self.model, self.splits, self.added, self.data.tokenizer, self.config
+        )
+        if self.ranks.is_main:
+            for new, (seen, loss) in found.items():
+                print(f"new task {new} starts from {seen} (loss {loss:.4f} on its first rows)")
 
     def _leave(self) -> None:
         """Take all weights along and give the engine back."""
