@@ -197,8 +197,8 @@ def _check_combinations(config: Config, check: Decoder) -> None:
         if not entry.path:
             raise check.fail(f"datasets.{i}.path", "is missing; give a file, a folder or a name on the hub")
     if config.moe.new_task_rows == "nearest" and config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        message = f"'nearest' compares losses, which {config.task_type} has under a task's own head alone; set mean"
-        raise check.fail("moe.new_task_rows", message)
+        message = "'nearest' compares losses under the routes of other tasks; set it to mean"
+        raise check.fail("moe.new_task_rows", f"{message} with task_type {config.task_type}")
     if data.packing and config.task_type != "CAUSAL_LM":
         raise check.fail("data.packing", f"only task_type CAUSAL_LM can be packed, not {config.task_type}")
     if config.warmup_steps is not None and config.warmup_steps > config.max_steps:
