@@ -1,7 +1,7 @@
 """The same numbers in both: prompts here give what peft's prompt tuning, MPT and prefix tuning give.
 
-peft's prompts are one a model, or one a task in MPT; its logits cover the prompt's positions too. The factors of
-MPT start around zero there, at one here. Prefix tuning there refuses activation checkpointing.
+peft's prompts are one a model, or one a task in MPT; its logits cover the prompt's positions too. The factors
+of MPT start around zero there, at one here. Prefix tuning there refuses activation checkpointing.
 """
 
 from __future__ import annotations

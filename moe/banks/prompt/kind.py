@@ -47,6 +47,15 @@ class PromptKind:
         """
         options = options_of("bank", config, self)
         _check(options)
+        if self.levels and config.num_heads > 1:
+            raise ConfigError(
+                f"moe.num_heads: {config.num_heads} with prompts; they are mixed whole, so leave it at 1"
+            )
+        if self.levels and config.router_scope != TaskMoEConfig.router_scope:
+            raise ConfigError(
+                f"moe.router_scope: {config.router_scope!r} with prompts; a bank of prompts has one routing, "
+                "so leave it out"
+            )
         site = find_site(model)
         owners = [getattr(hook, "__self__", None) for hook in site.body._forward_pre_hooks.values()]
         if any(isinstance(owner, Prompts) for owner in owners):

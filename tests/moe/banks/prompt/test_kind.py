@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -133,6 +134,32 @@ def test_a_new_task_starts_from_the_mean_of_what_the_others_learned(tiny, shaken
     close(again[3], average_vectors(start[0], vectors))
 
 
+def test_frozen_vectors_of_tasks_retrieve_prompts_for_new_ones_too(tiny, shaken, tmp_path, close):
+    vectors = {"sort": [1.0, 0.0, 2.0], "sum": [0.0, 1.0, -1.0], "translate": [0.5, 0.5, 0.0]}
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps({**vectors, "sorting": vectors["sort"]}))
+    settings = {"bank": "prompt_bank", "bank_options": {"length": 3}, "num_experts": 4, "gate": "top_k",
+                "top_k": 2, "router": "task_linear", "representation": "frozen",
+                "representation_options": {"path": str(path)}}  # fmt: skip
+    model = shaken(attach(tiny("llama"), TaskMoEConfig.from_dict(settings), TASKS)).double()
+    router, bank_ElW = model.routing.router, model.prompts.bank.prompts_ElW
+    with torch.no_grad():
+        found = model.prompts.bank(model.context([0, 1, 2]))
+        for task, name in enumerate(TASKS):
+            key = torch.tensor(vectors[name], dtype=torch.float64)
+            scores = [float(key @ router.w_SDE[0, :, e] + router.b_SE[0, e]) for e in range(4)]
+            best = sorted(range(4), key=lambda e: -scores[e])[:2]
+            weights = torch.tensor([scores[e] for e in best], dtype=torch.float64).softmax(0)
+            close(found[task], weights[0] * bank_ElW[best[0]] + weights[1] * bank_ElW[best[1]], 1e-12)
+    model.float().save_pretrained(tmp_path / "saved")
+    table = copy.deepcopy(model.tasks)
+    table.add("sorting")
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "saved", table)
+    with torch.no_grad():
+        prompts = again.prompts.bank(again.context([0, 3]))
+    assert torch.equal(prompts[1], prompts[0])
+
+
 def test_the_same_seed_gives_the_same_start(tiny):
     found = []
     for _ in range(2):
@@ -150,6 +177,14 @@ def test_the_same_seed_gives_the_same_start(tiny):
         ({"bank_options": {"length": 64}}, r"moe.bank_options.length: 64 leaves no position of 64"),
         ({"bank_options": {"start_std": -1.0}}, r"moe.bank_options.start_std: -1.0 must be 0 or more"),
         ({"bank_options": {"lengths": 3}}, r"moe.bank_options.lengths: unknown option"),
+        (
+            {"bank": "prompt_bank", "router_scope": "model"},
+            r"moe.router_scope: 'model' with prompts; a bank of prompts has one routing",
+        ),
+        (
+            {"bank": "prompt_bank", "num_heads": 2, "compose": "before"},
+            r"moe.num_heads: 2 with prompts; they are mixed whole",
+        ),
         (
             {"bank": "multitask_prompt", "bank_options": {"factor_std": -0.1}},
             r"moe.bank_options.factor_std: -0.1 must be 0 or more",
