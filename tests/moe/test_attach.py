@@ -67,7 +67,7 @@ def test_the_list_with_an_mlp_router_saved_modules_and_heads(tiny):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"router": "table"}, r"moe\.router: 'table' is unknown; known are .*task_table.*; the nearest is 'task_table'"),
+        ({"router": "table"}, r"moe\.router: 'table' is unknown; known are .*; the nearest is 'task_table'"),
         (
             {"gate": "soft"},
             r"moe\.gate: 'soft' is unknown; known are .*softmax.*; the nearest is 'softmax'",
