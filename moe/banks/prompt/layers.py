@@ -71,7 +71,7 @@ def attentions(site: Site) -> list[nn.Module]:
         windows = {"sliding_attention"}
     reason = None
     if site.decoder is not None:
-        reason = "the relative positions of an encoder-decoder model are computed for its own keys"
+        reason = "encoder-decoder models take none (T5 computes relative positions for its own keys alone)"
     elif {m.layer_idx for m in found} != set(range(config.num_hidden_layers)):
         reason = "its attention does not take past_key_values in every layer"
     elif windows:

@@ -204,7 +204,7 @@ def test_models_that_prompts_cannot_enter(tiny):
     heads = {"num_attention_heads": 4, "intermediate_size": 24}
     with pytest.raises(ConfigError, match="no part of ViTModel takes input_ids"):
         attach(ViTModel(ViTConfig(image_size=32, **small, **heads)), config("prompt"), TASKS)
-    with pytest.raises(ConfigError, match="'layers' does not work on T5Stack: the relative positions"):
+    with pytest.raises(ConfigError, match="'layers' does not work on T5Stack: encoder-decoder models"):
         attach(tiny("t5"), config("prompt", where="layers"), TASKS)
     mistral = MistralForCausalLM(
         MistralConfig(vocab_size=61, num_key_value_heads=2, sliding_window=4, **small, **heads)
