@@ -58,6 +58,8 @@ class Predictor:
         self.collator = Collator(tokenizer, config.task_type, collator.n_tasks, collator.label_counts)
         self.device = next(model.parameters()).device
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+        if self.positions is not None:  # those of prompts are taken
+            self.positions -= getattr(getattr(model, "prompts", None), "length", 0)
         most = config.evaluation.max_rows
         self.rows = {task: _spread(len(split.tokens), most) for task, split in splits.items()}
         # The labels' tokens, of the tasks whose labels are scored by likelihood.

@@ -302,6 +302,15 @@ def test_a_label_that_does_not_fit_pushes_the_prompt_out() -> None:
     assert found["tasks"]["two"]["rows"] == 7 and len(found["predictions"]["free"]) == 7
 
 
+def test_prompts_leave_fewer_positions_to_new_tokens() -> None:
+    gpt2 = {"type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 26}
+    moe = TaskMoEConfig(bank="prompt", bank_options={"length": 4})
+    parts = setup("CAUSAL_LM", moe=moe, model=gpt2, data=DataConfig(max_length=22),
+                  evaluation=EvaluationConfig(max_new_tokens=30))  # fmt: skip
+    found = run(parts)  # learned positions: one too many would be an index error
+    assert len(found["predictions"]["free"]) == 7
+
+
 def table() -> TaskTable:
     tasks = TaskTable()
     tasks.add("irony", ["not", "irony"])
