@@ -58,6 +58,19 @@ for name, settings in {
     "mhr-noise": {**POLY, "num_heads": 4, "gate_options": {"dropout": 0.2, "shared": True}},
     "poly-rounded": {**POLY, "gate_options": {"straight_through": True}},
     "poly-l2": {**POLY, "gate": "sigmoid", "gate_options": {"normalise": "l2"}},
+    "token-softmax": {"router": "token_linear"},
+    "token-top-k": {"router": "token_linear", "gate": "top_k", "top_k": 2},
+    "token-more-above": {"router": "token_linear", "num_experts": 4, "expert_pattern": {r"layers\.0\..*": 2}},
+    "token-task-sum": {"router": "token_task_sum", "task_embedding_dim": 6},
+    "token-task-concat": {"router": "token_task_concat", "task_embedding_dim": 6, "router_hidden_dim": 5},
+    "gate-per-task": {"router": "gate_per_task"},
+    "ranks": {"r": 1, "router": "ranks", "gate": "raw", "router_options": {"top_k": 2}},
+    "shared-a-token": {"bank": "shared_a", "router": "token_linear"},
+    "shared-a-task": {"bank": "shared_a", "router_init_std": 0.5},
+    "mix-and-match-token": {"bank": "mix_and_match", "num_experts": 6, "router": "token_linear"},
+    "mix-and-match-task": {"bank": "mix_and_match", "num_experts": 6, "router_init_std": 0.5},
+    "mtl-lora": {"bank": "mtl_lora", "router_init_std": 0.5, "router_temperature": 0.1},
+    "own-keys": {"bank": "own_keys", "r": 6, "bank_options": {"top_k": 3, "temperature": 0.3}},
 }.items():
     METHODS[name] = TaskMoEConfig(**{"r": 2, "num_experts": 3, **settings})
 # Experts averaged with one weight, by every task: their B_e get one gradient, by definition.

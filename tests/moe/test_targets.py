@@ -9,7 +9,15 @@ from transformers import BertForSequenceClassification, LlamaForSequenceClassifi
 from transformers.pytorch_utils import Conv1D
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, attach
-from taskmoe.moe.targets import features, find_targets, layer_number, rank_of, routing_group
+from taskmoe.moe.targets import (
+    check_patterns,
+    experts_of,
+    features,
+    find_targets,
+    layer_number,
+    rank_of,
+    routing_group,
+)
 
 # kind -> settings with PEFT's names; each is given to both libraries.
 PATTERNS = {
@@ -188,3 +196,14 @@ def test_ranks_follow_the_first_pattern_that_matches():
     config = TaskMoEConfig(r=2, rank_pattern={"up_proj": 3, r".*\.1\.mlp\.up_proj": 5})
     assert rank_of("model.layers.1.mlp.up_proj", config) == 3
     assert rank_of("model.layers.1.mlp.down_proj", config) == 2
+
+
+def test_so_do_numbers_of_experts():
+    config = TaskMoEConfig(num_experts=6, expert_pattern={r"layers\.0\..*": 2, r"layers\.[0-3]\..*": 4})
+    found = [experts_of(f"model.layers.{i}.mlp.up_proj", config) for i in (0, 3, 4)]
+    assert found == [2, 4, 6]
+    names = ["model.layers.0.mlp.up_proj"]
+    with pytest.raises(ConfigError, match=r"moe\.expert_pattern: 'down_proj' matches no target"):
+        check_patterns(names, TaskMoEConfig(expert_pattern={"down_proj": 2}))
+    with pytest.raises(ConfigError, match=r"moe\.expert_pattern: '\(' is not a regular expression"):
+        check_patterns(names, TaskMoEConfig(expert_pattern={"(": 2}))

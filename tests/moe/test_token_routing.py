@@ -36,6 +36,9 @@ ROUTERS = {
 METHODS: dict[str, dict] = {name: {"router": name, **settings} for name, settings in ROUTERS.items()}
 for gate, more in {"top_k": {"top_k": 2}, "one_hot": {}, "sigmoid": {}}.items():
     METHODS[f"token_linear, {gate}"] = {"router": "token_linear", "gate": gate, **more}
+METHODS["token_linear, more above"] = {
+    **METHODS["token_linear, top_k"], "expert_pattern": {r"layers\.0\..*": 2, "v_proj": 3},
+}  # fmt: skip
 METHODS["token_task_sum, top_k"] = {**METHODS["token_task_sum"], "gate": "top_k", "top_k": 2}
 for bank, more in {"shared_a": {}, "mix_and_match": {"num_experts": 6}, "mtl_lora": {}}.items():
     for name in ("token_linear", "token_linear, top_k", "gate_per_task"):
@@ -317,6 +320,8 @@ def test_uniform_gates_forget_the_router(method, build, inputs, close):
         for layer in (m for m in model.modules() if isinstance(m, MoELinear)):
             router = getattr(layer.token_routing, "router", None)
             E, total = model.moe_config.num_experts, getattr(router, "total", 1.0)
+            if model.moe_config.expert_pattern:
+                E = len(layer.bank.A_ErK)
             if model.moe_config.bank == "own_keys":
                 E = model.moe_config.r
             x, y = torch.randn(1, 1, layer.base.in_features).double(), torch.zeros(1)
@@ -473,6 +478,12 @@ def test_the_bias_chooses_and_does_not_gate(build, inputs):
         ({"bank": "own_keys", "r": 4}, "moe.bank_options.top_k: 8 must be between 1 and r = 4"),
         ({"bank": "own_keys", "r": 8, "bank_options": {"temperature": 0.0}}, "moe.bank_options.temperature"),
         ({"router": "token_linear", "router_options": {"top_k": 2}}, "moe.router_options.top_k"),
+        ({"expert_pattern": {"q_proj": 2}}, "moe.expert_pattern: router 'task_table' gives all layers as many"),
+        (
+            {"router": "token_linear", "gate": "top_k", "top_k": 3, "expert_pattern": {"q_proj": 2}},
+            "moe.expert_pattern: 2 experts of model.layers.0.self_attn.q_proj are fewer than top_k 3",
+        ),
+        ({"router": "token_linear", "expert_pattern": {"q_proj": 0}}, "moe.expert_pattern['q_proj']: 0"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(settings, key, tiny):
