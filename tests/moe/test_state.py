@@ -45,6 +45,20 @@ def saved(tiny, shaken, tmp_path):
     return make
 
 
+@pytest.mark.parametrize(("gate", "heads"), [("sigmoid", 4), ("bernoulli", 1), ("softmax", 1)])
+def test_a_new_task_of_poly_starts_at_the_average(gate, heads, tiny, shaken, tmp_path):
+    config = TaskMoEConfig(
+        r=2, num_experts=3, compose="before", num_heads=heads, gate=gate, new_task_rows="zero"
+    )
+    old = shaken(attach(tiny("llama"), config, OLD, dry_run=False))
+    old.save_pretrained(tmp_path)
+    grown = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path, TaskTable.from_names(NEW)).eval()
+    for name, gates_THE in old.eval().gates().items():
+        assert torch.allclose(grown.gates()[name][:2], gates_THE, rtol=1e-6)
+        assert torch.allclose(grown.gates()[name][2:], torch.full((2, heads, 3), 1 / 3))
+        assert not torch.allclose(gates_THE, torch.full((2, heads, 3), 1 / 3))
+
+
 @pytest.mark.parametrize("rule", ["mean", "zero", "random"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_old_tasks_stay_and_new_rows_follow_the_rule(router, rule, tiny, saved, batch, head):
