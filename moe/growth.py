@@ -61,8 +61,8 @@ def grow(
     saved.require_prefix_of(table)
     if num_experts < before.num_experts:
         raise ConfigError(f"moe.num_experts: {num_experts} is less than the {before.num_experts} saved")
-    changes = {} if router_options is None else {"router_options": router_options}
-    after = replace(before, num_experts=num_experts, **changes)
+    options = before.router_options if router_options is None else router_options
+    after = replace(before, num_experts=num_experts, router_options=options)
     model = attach(base_model, after, table, **kwargs)
     try:
         state = load_file(folder / WEIGHTS)

@@ -146,6 +146,11 @@ def pair_mean(values_EE: Tensor) -> Tensor:
     return values_EE[..., above_EE].mean(-1)
 
 
+def on_one_device(values: Sequence[Tensor]) -> Tensor:
+    """Scalars of layers that may lie on several devices, as one tensor on the first."""
+    return torch.stack([v.to(values[0].device) for v in values])
+
+
 def read_weight(name: str, given: Any, signed: bool) -> tuple[float, dict[str, Any]]:
     """(weight, other options) of ``moe.regularisers.<name>``, a number or a mapping with ``weight``.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
-from taskmoe.moe.regularisers.base import OfParameters, pair_mean
+from taskmoe.moe.regularisers.base import OfParameters, on_one_device, pair_mean
 from taskmoe.moe.tasks import TaskTable
 
 FACTORS = ("A_ErK", "B_ErN")
@@ -44,7 +44,7 @@ class Orthogonality(OfParameters):
         return [factor] if isinstance(factor, nn.Parameter) and _experts(factor) > 1 else []
 
     def value(self, modules: Sequence[nn.Module]) -> Tensor:
-        return torch.stack([_overlap(getattr(m, self.name)) for m in modules]).mean()
+        return on_one_device([_overlap(getattr(m, self.name)) for m in modules]).mean()
 
 
 class ExpertDistance(OfParameters):
@@ -60,7 +60,8 @@ class ExpertDistance(OfParameters):
         return [p for p in found if isinstance(p, nn.Parameter)] if whole else []
 
     def value(self, modules: Sequence[nn.Module]) -> Tensor:
-        return torch.stack([_cosine(m.A_ErK, m.B_ErN) for m in modules]).mean()  # type: ignore[arg-type]
+        found = [_cosine(m.A_ErK, m.B_ErN) for m in modules]  # type: ignore[arg-type]
+        return on_one_device(found).mean()
 
 
 def _experts(parameter: Any) -> int:

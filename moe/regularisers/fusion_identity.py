@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from taskmoe.moe.banks.fusion import FusionAttention, TaskFusionAttention, identity_penalty
-from taskmoe.moe.regularisers.base import OfParameters
+from taskmoe.moe.regularisers.base import OfParameters, on_one_device
 
 
 class FusionIdentity(OfParameters):
@@ -24,4 +23,4 @@ class FusionIdentity(OfParameters):
 
     def value(self, modules: Sequence[nn.Module]) -> Tensor:
         values = [self.reads(m)[0] for m in modules]
-        return torch.stack([identity_penalty(v if v.dim() == 3 else v[None]) for v in values]).sum()
+        return on_one_device([identity_penalty(v if v.dim() == 3 else v[None]) for v in values]).sum()
