@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from taskmoe.moe.banks.kinds import BANKS
 from taskmoe.moe.config import ConfigError
 from taskmoe.train.config import Config
 
@@ -54,7 +55,7 @@ def supports_packing(model: Any, config: Config) -> str | None:
 
     Args:
         model: the Hugging Face model, before ``attach``.
-        config: of the run (its ``task_type``).
+        config: of the run (its ``task_type`` and ``moe.bank``).
 
     The model's own forward decides, on a few tokens: position ids may be accepted and ignored (T5), and a
     model may look both ways (BERT). A flash backend is trusted, because it runs on a GPU only.
@@ -66,6 +67,8 @@ def supports_packing(model: Any, config: Config) -> str | None:
         return f"{name} is an encoder-decoder; only decoders can pack"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{name} takes no position_ids"
+    if not getattr(BANKS[config.moe.bank], "packs", True):
+        return f"moe.bank {config.moe.bank!r} takes no rows of several tasks"
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in _ROWS + FLAT_ATTENTION:
         return f"attn_implementation {attention!r} is not known to keep packed rows apart"

@@ -25,6 +25,8 @@ LAYER_STD = 0.02  # there is no token to start a key or a value from
 class PromptKind:
     """A kind whose experts are prompts: ``bank(config, options, number of tasks, starts)``."""
 
+    packs = False  # a row of several tasks has no one place for a prompt
+
     def __init__(self, bank: Any) -> None:
         self.bank = bank
         self.uses: tuple[str, ...] = bank.uses

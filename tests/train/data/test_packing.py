@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from taskmoe.moe.config import ConfigError
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.train.config import Config
 from taskmoe.train.data.collator import Collator
 from taskmoe.train.data.packing import is_flat, pack, require_packing, supports_packing
@@ -109,6 +109,11 @@ def test_others_are_refused_in_one_line(name: str, task_type: str, words: str) -
         require_packing(build(name), Config(task_type=task_type))
     assert str(error.value).startswith(f"data.packing: {words}")
     assert "\n" not in str(error.value)
+
+
+def test_prompts_have_no_place_in_a_row_of_several_tasks() -> None:
+    with pytest.raises(ConfigError, match=r"data.packing: moe.bank 'prompt' takes no rows of several tasks"):
+        require_packing(build("llama"), Config(moe=TaskMoEConfig(bank="prompt")))
 
 
 class _NoPositions(torch.nn.Module):
