@@ -7,6 +7,7 @@
 """
 
 from taskmoe.moe.attach import attach
+from taskmoe.moe.collapse import CollapseError, collapse, save_lora
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import RowSpaceError, bind
 from taskmoe.moe.heads import attach_heads
@@ -16,6 +17,7 @@ from taskmoe.moe.state import StateError, load_adapter
 from taskmoe.moe.tasks import Task, TaskError, TaskTable
 
 __all__ = [
+    "CollapseError",
     "ConfigError",
     "RowSpaceError",
     "StateError",
@@ -27,6 +29,8 @@ __all__ = [
     "attach",
     "attach_heads",
     "bind",
+    "collapse",
     "load_adapter",
     "penalty",
+    "save_lora",
 ]

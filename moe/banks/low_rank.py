@@ -106,6 +106,17 @@ class LowRankBank(Bank):
         slots = None if gate.slots is None else gate.slots.squeeze(1)
         return Operands(A_GErK, B_GErN, gate.values.squeeze(1), slots)
 
+    def of_task(self, gates_HE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """What one task uses, as (A [R, K], B [R, N]) of ``B^T A x``; gates_HE: [H, E], zeros left out."""
+        if self.compose == "before":
+            banks = self.A_ErK.unsqueeze(0), self.B_ErN.unsqueeze(0)
+            A_TrK, B_TrN = (average_by_task(bank, gates_HE.unsqueeze(0)) for bank in banks)
+            return A_TrK[0], self.scale * B_TrN[0]
+        gates_E = gates_HE[0]
+        chosen = gates_E.nonzero().squeeze(1)
+        B_ErN = self.scale * gates_E[chosen, None, None] * self.B_ErN[chosen]
+        return self.A_ErK[chosen].flatten(0, 1), B_ErN.flatten(0, 1)
+
     def drops(self) -> bool:
         """Whether dropout changes the rows now."""
         return self.training and isinstance(self.dropout, nn.Dropout)

@@ -37,6 +37,10 @@ class MixAndMatchBank(CoreBank):
             )
         self.B_QN = nn.Parameter(torch.zeros(config.num_experts // r, d_out))
 
+    def of_task(self, gates_HE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """What one task uses, as (A [R, K], B [R, N]) of ``B^T A x``."""
+        return self.A_RK, self.scale * gates_HE[0].unflatten(0, (len(self.A_RK), -1)) @ self.B_QN
+
     def forward(
         self,
         x_MK: Tensor,

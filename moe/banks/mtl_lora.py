@@ -36,6 +36,11 @@ class MtlLoraBank(CoreBank):
         self.lambda_Trr = nn.Parameter(torch.eye(r).repeat(len(tasks), 1, 1))
         self.B_ErN = nn.Parameter(torch.zeros(config.num_experts, r, d_out))
 
+    def of_task(self, gates_HE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """What one task uses, as (A [R, K], B [R, N]) of ``B^T A x``."""
+        B_rN = self.scale * torch.einsum("e,ern->rn", gates_HE[0], self.B_ErN)
+        return self.lambda_Trr[task] @ self.A_RK, B_rN
+
     def forward(
         self,
         x_MK: Tensor,

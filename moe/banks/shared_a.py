@@ -29,6 +29,10 @@ class SharedABank(CoreBank):
         super().__init__(config, d_in, r)
         self.B_ErN = nn.Parameter(torch.zeros(config.num_experts, r, d_out))
 
+    def of_task(self, gates_HE: Tensor, task: int) -> tuple[Tensor, Tensor]:
+        """What one task uses, as (A [R, K], B [R, N]) of ``B^T A x``."""
+        return self.A_RK, self.scale * torch.einsum("e,ern->rn", gates_HE[0], self.B_ErN)
+
     def forward(
         self,
         x_MK: Tensor,

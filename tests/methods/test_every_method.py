@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from taskmoe.moe import TaskMoEModel
+from taskmoe.moe import CollapseError, TaskMoEModel, collapse
 from taskmoe.moe.model import task_dims
 from taskmoe.train.config import ConfigError
 from taskmoe.train.task_gradients import TaskGradients
@@ -169,6 +169,30 @@ def test_surgery_takes_the_way_stated(method, claims, shaken):
     for name in gradients.scope.shared:
         total = parts.weighted(name, torch.ones(parts.num_rows, dtype=torch.float64))
         assert float((total.flatten() - plain[name].flatten()).abs().max()) <= 1e-5 * largest, name
+
+
+def test_a_task_is_one_lora_or_it_is_said_why_not(method, claims, shaken):
+    stated = claims[method.name]["one LoRA a task"]
+    model = shaken(method.build()).eval()
+    if stated != "yes":
+        assert stated.startswith("no: ")
+        with pytest.raises(CollapseError, match=r"no LoRA equals it|no one LoRA is what"):
+            collapse(model, 0)
+        return
+    batch = {n: v for n, v in method.batches(1)[0].items() if isinstance(v, torch.Tensor)}
+    with torch.no_grad():
+        routed = method.logits(model, batch)
+        for task in sorted(set(batch["task_ids"].tolist()))[:3]:
+            rows = batch["task_ids"] == task
+            pairs = collapse(model, task)
+            linears = {n: model.base_model.get_submodule(n).base.weight for n in pairs}
+            for name, pair in pairs.items():
+                linears[name].add_(pair.B_RN.T @ pair.A_RK)
+            with model.disable_adapter():
+                merged = method.logits(model, {n: v[rows] for n, v in batch.items()})
+            for name, pair in pairs.items():
+                linears[name].sub_(pair.B_RN.T @ pair.A_RK)
+            assert float((merged - routed[rows]).abs().max()) <= 2e-5 * float(routed.abs().max())
 
 
 def per_task(method, model, batch):
