@@ -50,11 +50,9 @@ def find_sub_blocks(
         example_inputs, dry_run: as in :func:`taskmoe.moe.attach`.
 
     Raises:
-        ConfigError: no block is found, or patterns that match nothing.
+        ConfigError: no block is found or left, or patterns that match nothing.
         RowSpaceError: a block whose rows cannot be assigned to tasks, by name.
     """
-    if behind not in BLOCKS:
-        raise ConfigError(f"moe.bank_options.behind: {behind!r} is unknown; known are {', '.join(BLOCKS)}")
     pattern = config.target_modules
     if isinstance(pattern, str) and pattern.lower() == "all-linear":
         names = _ends(model)

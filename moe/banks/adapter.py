@@ -7,7 +7,7 @@ the batch, G 1 or T, k slots.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -22,13 +22,13 @@ from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 from taskmoe.moe.options import options_of
 from taskmoe.moe.parts import by_row
-from taskmoe.moe.sub_blocks import BlockOutput, find_sub_blocks
+from taskmoe.moe.sub_blocks import BLOCKS, BlockOutput, find_sub_blocks
 from taskmoe.moe.targets import routing_group
 from taskmoe.moe.tasks import TaskTable
 
 # Rows, hidden units of all adapters, their second halves -> rows.
 Fuse = Callable[[Tensor, Tensor, Tensor, Context, Plan], Tensor]
-BLOCKS = ("target_modules", "exclude_modules", "layers_to_transform")  # what find_sub_blocks reads
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform")  # what find_sub_blocks reads
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "gelu": nn.functional.gelu,
@@ -37,17 +37,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The nonlinearity of a bottleneck.
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all adapters behind blocks can be told."""
 
-    Raises:
-        ConfigError: not one of ``ACTIVATIONS``.
+    behind: str = "both"  # which blocks: both | attention | ffn
+    nonlinearity: str = "relu"  # relu | gelu | gelu_tanh | silu
+
+    def __post_init__(self) -> None:
+        one_of("behind", self.behind, BLOCKS)
+        one_of("nonlinearity", self.nonlinearity, ACTIVATIONS)
+
+
+def one_of(key: str, value: str, known: Collection[str]) -> None:
+    """Raises:
+    ConfigError: an option of the bank has a value that is none of the known ones.
     """
-    if name not in ACTIVATIONS:
-        raise ConfigError(
-            f"moe.bank_options.nonlinearity: {name!r} is unknown; known are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
+    if value not in known:
+        raise ConfigError(f"moe.bank_options.{key}: {value!r} is unknown; known are {', '.join(known)}")
 
 
 def bottleneck(
@@ -98,7 +105,7 @@ class AdapterBank(Bank):
         self.down_ErN = nn.Parameter(torch.empty(num_experts, r, width).uniform_(-bound, bound))
         self.bias_Er = nn.Parameter(torch.zeros(num_experts, r))
         self.up_EsN = nn.Parameter(torch.zeros(num_experts, r + 1, width))
-        self.activate, self.group = activation(nonlinearity), group
+        self.activate, self.group = ACTIVATIONS[nonlinearity], group
 
     def forward(self, y_MN: Tensor, context: Context, plan: Plan, fuse: Fuse | None = None) -> Tensor:
         """y_MN: [M, N] floating -> [M, N] in its dtype.
@@ -123,13 +130,10 @@ class AdapterBank(Bank):
 class Adapters:
     """The kind ``adapter``. Under a fixed map and ``num_experts`` = tasks: independent adapters."""
 
-    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_scope", *BLOCKS)
+    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_scope", *WHERE)
     levels: ClassVar[tuple[str, ...]] = ("task",)
 
-    @dataclass(frozen=True)
-    class Options:
-        behind: str = "both"  # which blocks: both | attention | ffn
-        nonlinearity: str = "relu"  # relu | gelu | gelu_tanh | silu
+    Options = BlockOptions
 
     @classmethod
     def place(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from taskmoe.kernels.grouped_linear import grouped_linear
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand, shrink
-from taskmoe.moe.banks.adapter import BLOCKS, AdapterBank
+from taskmoe.moe.banks.adapter import WHERE, AdapterBank, BlockOptions
 from taskmoe.moe.banks.base import Bank, Placement
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
@@ -137,15 +137,21 @@ class Fusion:
     """The kind ``fusion``: phase 1 trains ``experts`` (one adapter a task: ``router: fixed_map``), phase 2
     ``router`` (the attention). ``router_temperature`` divides the attention's scores."""
 
-    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_temperature", "router_scope", *BLOCKS)
+    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_temperature", "router_scope", *WHERE)
     levels: ClassVar[tuple[str, ...]] = ("task",)
 
     @dataclass(frozen=True)
-    class Options:
+    class Options(BlockOptions):
+        """What a bank of this kind can be told."""
+
         behind: str = "ffn"  # which blocks: both | attention | ffn
-        nonlinearity: str = "relu"  # relu | gelu | gelu_tanh | silu
         per_task: bool = False  # an attention for each task instead of one for all
         dropout: float = 0.0  # of the attention's weights
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not 0 <= self.dropout < 1:
+                raise ConfigError(f"moe.bank_options.dropout: {self.dropout} must be in [0, 1)")
 
     @classmethod
     def place(
@@ -164,8 +170,6 @@ class Fusion:
             RowSpaceError: a block whose rows cannot be assigned to tasks, by name.
         """
         options = options_of("bank", config, cls)
-        if not 0 <= options.dropout < 1:
-            raise ConfigError(f"moe.bank_options.dropout: {options.dropout} must be in [0, 1)")
         blocks, not_run = find_sub_blocks(
             model, config, options.behind, example_inputs=example_inputs, dry_run=dry_run
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taskmoe.kernels.low_rank import without_autocast
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand
-from taskmoe.moe.banks.adapter import BLOCKS, activation, bottleneck
+from taskmoe.moe.banks.adapter import ACTIVATIONS, WHERE, BlockOptions, bottleneck, one_of
 from taskmoe.moe.banks.base import Bank, Placement
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
@@ -169,7 +169,7 @@ class GeneratedAdapter(Bank):
     def __init__(self, hyper: HyperNetwork, name: str, block: SubBlock, nonlinearity: str) -> None:
         super().__init__()
         self.name, self.block = name, block._replace(linear=nn.Identity())
-        self.activate = activation(nonlinearity)
+        self.activate = ACTIVATIONS[nonlinearity]
         self.hyper = (hyper,)  # in a tuple: its parameters belong to the model, not to each block
 
     def forward(self, y_MN: Tensor, context: Context, plan: Plan) -> Tensor:
@@ -190,12 +190,13 @@ class GeneratedAdapter(Bank):
 class Generated:
     """The kind ``generated``: HyperFormer++ (Mahabadi et al. 2021, arXiv 2106.04489), and HyperFormer."""
 
-    uses: ClassVar[tuple[str, ...]] = ("representation", "r", *BLOCKS)
+    uses: ClassVar[tuple[str, ...]] = ("representation", "r", *WHERE)
     levels: ClassVar[tuple[str, ...]] = ()
 
     @dataclass(frozen=True)
-    class Options:
-        behind: str = "both"  # which blocks: both | attention | ffn
+    class Options(BlockOptions):
+        """What a bank of this kind can be told."""
+
         nonlinearity: str = "gelu_tanh"  # relu | gelu | gelu_tanh | silu
         share: str = "stack"  # generators for each: model | stack | block (HyperFormer: from the task alone)
         hidden: int = 128  # width of the layer between task, layer, place and what the generators read
@@ -203,6 +204,16 @@ class Generated:
         norm: bool = True  # a layer norm with generated scale and shift behind the adapter
         start: str = "zero"  # zero: the last generator is zero, so that step 0 is the base | normal (paper)
         init_std: float = 1e-2  # of the generators at the start
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            one_of("share", self.share, SHARES)
+            one_of("start", self.start, ("zero", "normal"))
+            for key in ("dim", "hidden"):
+                if getattr(self, key) < 1:
+                    raise ConfigError(f"moe.bank_options.{key}: {getattr(self, key)} must be at least 1")
+            if not self.init_std > 0:
+                raise ConfigError(f"moe.bank_options.init_std: {self.init_std} must be above 0")
 
     @classmethod
     def place(
@@ -221,7 +232,6 @@ class Generated:
             RowSpaceError: a block whose rows cannot be assigned to tasks, by name.
         """
         options = options_of("bank", config, cls)
-        _check(options)
         blocks, not_run = find_sub_blocks(
             model, config, options.behind, example_inputs=example_inputs, dry_run=dry_run
         )
@@ -238,15 +248,3 @@ class Generated:
         """Put the one network that generates beside the model."""
         adapter = next(m for m in attached.modules() if isinstance(m, GeneratedAdapter))
         attached.hyper = adapter.hyper[0]
-
-
-def _check(options: Generated.Options) -> None:
-    for key, known in (("share", SHARES), ("start", ("zero", "normal"))):
-        value = getattr(options, key)
-        if value not in known:
-            raise ConfigError(f"moe.bank_options.{key}: {value!r} is unknown; known are {', '.join(known)}")
-    for key in ("dim", "hidden"):
-        if getattr(options, key) < 1:
-            raise ConfigError(f"moe.bank_options.{key}: {getattr(options, key)} must be at least 1")
-    if not options.init_std > 0:
-        raise ConfigError(f"moe.bank_options.init_std: {options.init_std} must be above 0")

@@ -82,7 +82,5 @@ def test_one_kind_of_block_some_layers_and_named_linears(tiny):
 def test_a_model_without_blocks_and_wrong_settings_are_errors(tiny):
     with pytest.raises(ConfigError, match=r"moe.bank: 'adapter' finds no .* block in Sequential; name"):
         found(torch.nn.Sequential(torch.nn.ReLU()))
-    with pytest.raises(ConfigError, match=r"moe.bank_options.behind: 'mlp' is unknown; known are both"):
-        found(tiny("llama"), behind="mlp")
     with pytest.raises(ConfigError, match=r"moe.bank_options.behind: 'attention' leaves no block"):
         found(tiny("llama"), behind="attention", target_modules=["down_proj"])

@@ -111,5 +111,25 @@ def test_generation_runs_behind_every_beam(tiny, batch, shaken):
 def test_wrong_settings_are_errors(tiny):
     with pytest.raises(ConfigError, match=r"moe.bank_options.nonlinearity: 'tanh' is unknown; known are"):
         attach(tiny("llama"), TaskMoEConfig(bank="adapter", bank_options={"nonlinearity": "tanh"}), NAMES)
+    with pytest.raises(ConfigError, match=r"moe.bank_options.behind: 'mlp' is unknown; known are both, att"):
+        attach(tiny("llama"), TaskMoEConfig(bank="adapter", bank_options={"behind": "mlp"}), NAMES)
     with pytest.raises(ConfigError, match=r"moe.bank_options.behnd: unknown option .* 'behind'"):
         attach(tiny("llama"), TaskMoEConfig(bank="adapter", bank_options={"behnd": "ffn"}), NAMES)
+
+
+@pytest.mark.parametrize("bank", ["adapter", "generated", "fusion"])
+def test_beside_a_base_in_bf16_the_adapters_stay_fp32(bank, tiny, batch, shaken, head, gradients):
+    model = shaken(attach(tiny("llama"), TaskMoEConfig(bank=bank, r=3, num_experts=3), NAMES)).eval()
+    inputs = batch("llama", [2, 0, 1, 0])
+    expected = head(model(**inputs))
+    grads = gradients(model, expected.square().mean())
+    for _, p in model.parameter_groups()["base"]:
+        p.data = p.data.bfloat16()
+    found = head(model(**inputs))
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    rounded = gradients(model, found.float().square().mean())
+    for name, grad in rounded.items():
+        assert grad.dtype == torch.float32, name
+    off = torch.cat([(rounded[n] - g).flatten() for n, g in grads.items()])
+    assert off.norm() < 0.2 * torch.cat([g.flatten() for g in grads.values()]).norm()
