@@ -18,6 +18,7 @@ from taskmoe.train.objectives import Counts, count
 from taskmoe.train.schedule import resolve_phases
 
 TASKS, STEPS, ROWS, VOCAB, BOUND = 4, 3, 8, 23, 1e-6
+WEIGHT = 0.7  # of distillation
 ASKED = [0, 0, 1, 0, 1, 2, 3, 2]  # each rank's half holds tasks that the other's does not
 METHODS: dict[str, dict[str, Any]] = {
     "one a task": {"bank": "prompt"},
@@ -27,13 +28,14 @@ METHODS: dict[str, dict[str, Any]] = {
 Case = tuple[str, str, int, bool]  # method, where, stage, checkpointing
 
 
-def model(method: str, where: str) -> Any:
+def model(method: str, where: str, teacher: str | None = None) -> Any:
     torch.manual_seed(0)
     llama = LlamaConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                         num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
                         initializer_range=0.3)  # fmt: skip
     options = {"length": 3, "where": where, "start_std": 0.5}
-    config = TaskMoEConfig.from_dict({**METHODS[method], "bank_options": options})
+    terms = None if teacher is None else {"distillation": {"weight": WEIGHT, "teacher": teacher}}
+    config = TaskMoEConfig.from_dict({**METHODS[method], "bank_options": options, "regularisers": terms})
     return attach(LlamaForCausalLM(llama), config, TASKS)
 
 
@@ -53,13 +55,15 @@ def settings(stage: int, checkpointing: bool, folder: Path) -> Config:
                   report_to=())  # fmt: skip
 
 
-def on_a_rank(cases: list[tuple[Case, Config]]) -> list[dict[str, torch.Tensor]]:
+def on_a_rank(
+    cases: list[tuple[Case, Config]], teacher: str | None = None
+) -> list[dict[str, torch.Tensor]]:
     torch.set_num_threads(1)
     rank = torch.distributed.get_rank()
     ranks = distributed.Ranks(rank, 2, 0, torch.device("cpu"), owns_group=False)
     found = []
     for (method, where, _, checkpointing), config in cases:
-        made = model(method, where)
+        made = model(method, where, teacher)
         if checkpointing:
             made.base_model.gradient_checkpointing_enable({"use_reentrant": False})
         phase = resolve_phases(config)[0]
@@ -79,7 +83,12 @@ def on_a_rank(cases: list[tuple[Case, Config]]) -> list[dict[str, torch.Tensor]]
     return found
 
 
-def alone(method: str, where: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def alone(
+    method: str, where: str, taught: Any = None
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights at the start and after the steps. taught: the teachers' model; its term is the mean over the
+    two ranks' rows.
+    """
     made = model(method, where).train()
     trained = {n: p for n, p in made.named_parameters() if p.requires_grad}
     start = {n: p.detach().clone() for n, p in trained.items()}
@@ -87,25 +96,47 @@ def alone(method: str, where: str) -> tuple[dict[str, torch.Tensor], dict[str, t
     for step in range(STEPS):
         batch = rows(step)
         labels = batch.pop("labels")
-        logits = made(**batch, use_cache=False).logits[:, :-1]
+        whole = made(**batch, use_cache=False).logits
+        logits = whole[:, :-1]
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        if taught is not None:
+            with torch.no_grad():
+                wanted = taught(**batch, use_cache=False).logits.log_softmax(-1)
+            gaps = (wanted.exp() * (wanted - whole.log_softmax(-1))).sum(-1)
+            loss = loss + WEIGHT * (gaps[:4].mean() + gaps[4:].mean()) / 2
+        loss.backward()
         optimizer.step()
     return start, {n: p.detach() for n, p in trained.items()}
 
 
-def test_two_ranks_equal_one_process(spawn_ranks, tmp_path):
-    cases: list[Case] = [
-        (method, where, 2 + (i + j) % 2, bool(j))
-        for i, method in enumerate(METHODS)
-        for j, where in enumerate(("input", "layers"))
-    ]
-    given = [(case, settings(case[2], case[3], tmp_path)) for case in cases]
-    both = spawn_ranks(on_a_rank, cases=given, timeout_s=300)
+def compare(spawn_ranks: Any, cases: list[Case], folder: Path, taught: Any = None) -> None:
+    given = [(case, settings(case[2], case[3], folder)) for case in cases]
+    teacher = None if taught is None else str(folder)
+    both = spawn_ranks(on_a_rank, cases=given, teacher=teacher, timeout_s=300)
     for i, case in enumerate(cases):
-        start, expected = alone(*case[:2])
+        start, expected = alone(*case[:2], taught)
         for found in (both[0][i], both[1][i]):
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert float((value - start[name]).abs().max()) > 100 * BOUND, (case, name)
                 assert float((found[name] - value).abs().max()) <= BOUND, (case, name)
+
+
+def test_two_ranks_equal_one_process(spawn_ranks, tmp_path):
+    cases: list[Case] = [
+        ("one a task", "layers", 3, True),
+        ("shared", "input", 2, False),
+        ("routed", "layers", 2, True),
+        ("routed", "input", 3, False),
+    ]
+    compare(spawn_ranks, cases, tmp_path)
+
+
+def test_teachers_are_run_on_every_rank(spawn_ranks, tmp_path):
+    taught = model("one a task", "input").eval()
+    with torch.no_grad():
+        taught.prompts.bank.prompts_TlW.normal_(std=0.5)
+    taught.save_pretrained(tmp_path)
+    cases: list[Case] = [("shared", "input", 2, False), ("shared", "input", 3, True)]
+    compare(spawn_ranks, cases, tmp_path, taught)
