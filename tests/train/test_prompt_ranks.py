@@ -86,7 +86,7 @@ def on_a_rank(
 def alone(
     method: str, where: str, taught: Any = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights at the start and after the steps. taught: the teachers' model; its term is the mean over the
+    """The weights at the start and after the steps. taught: the teachers' model; its term is a mean over the
     two ranks' rows.
     """
     made = model(method, where).train()
