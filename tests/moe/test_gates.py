@@ -209,3 +209,17 @@ def test_extreme_logits_stay_finite(gate):
     if values.requires_grad:
         values.square().sum().backward()
         assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("router", ["task_table", "token_linear"])
+def test_a_model_may_gate_in_another_way_for_a_while(router, routed, batch, head):
+    model = routed("llama", router=router, gate="top_k", top_k=2)
+    before = head(model(**batch("llama", [0, 1, 2])))
+    model.use_gate("one_hot")
+    other = head(model(**batch("llama", [0, 1, 2])))
+    assert not torch.allclose(other, before)
+    expected = head(routed("llama", router=router, gate="one_hot")(**batch("llama", [0, 1, 2])))
+    assert torch.equal(other, expected)
+    assert model.moe_config.gate == "top_k"
+    model.use_gate("top_k")
+    assert torch.equal(head(model(**batch("llama", [0, 1, 2]))), before)
