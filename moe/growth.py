@@ -50,7 +50,7 @@ def grow(
         kwargs: of :func:`attach`.
 
     Raises:
-        ConfigError: routers or gates under which more experts would change the old tasks.
+        ConfigError: routers, gates or banks under which more experts would change the old tasks.
         StateError: the folder is not readable, or does not fit.
         TaskError: the saved tasks are not the first ones.
     """
@@ -73,6 +73,12 @@ def grow(
     if different:
         raise StateError(f"{folder / WEIGHTS}: {different[0]} is not in both; was another base model saved?")
     axes = task_dims(model)
+    closed = [n for n, m in model.named_modules() if isinstance(m, Bank) and m.weighs_all]
+    if closed and num_experts > before.num_experts:
+        raise ConfigError(
+            f"moe.bank: {before.bank!r} weighs all experts in {closed[0]}, so that another would change the "
+            "old tasks; train it anew around the larger library"
+        )
     with torch.no_grad():
         for name, p in own.items():
             if name == TABLE:

@@ -29,6 +29,7 @@ class Bank(nn.Module):
     kind: ClassVar[str] = "experts"  # or router
     splits: ClassVar[bool] = False
     frozen: bool = False  # it never trains, whatever a phase trains
+    weighs_all: ClassVar[bool] = False  # a further expert changes the rest, even with a gate of zero
     task_dims: ClassVar[dict[str, int]] = {}
 
     def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:

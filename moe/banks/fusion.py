@@ -54,6 +54,7 @@ class FusionAttention(Bank):
 
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True
+    weighs_all: ClassVar[bool] = True
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -95,6 +96,7 @@ class TaskFusionAttention(Bank):
 
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True  # nothing is shared: a task's matrices get that task's gradient alone
+    weighs_all: ClassVar[bool] = True
     task_dims: ClassVar[dict[str, int]] = {"query_TNN": 0, "key_TNN": 0, "value_TNN": 0}
 
     def __init__(self, width: int, dropout: float, num_tasks: int) -> None:

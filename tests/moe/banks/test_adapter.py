@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from taskmoe.moe import ConfigError, TaskMoEConfig, attach
+from taskmoe.moe import ConfigError, TaskMoEConfig, TaskTable, attach
 from taskmoe.moe.banks.adapter import AdapterBank
+from taskmoe.moe.growth import grow
 from taskmoe.moe.sub_blocks import BlockOutput
 
 NAMES = ["sort", "sum", "translate"]
@@ -133,3 +134,18 @@ def test_beside_a_base_in_bf16_the_adapters_stay_fp32(bank, tiny, batch, shaken,
         assert grad.dtype == torch.float32, name
     off = torch.cat([(rounded[n] - g).flatten() for n, g in grads.items()])
     assert off.norm() < 0.2 * torch.cat([g.flatten() for g in grads.values()]).norm()
+
+
+def test_a_library_of_adapters_grows(tiny, batch, shaken, head, close, tmp_path):
+    experts = {name: i for i, name in enumerate(NAMES)}
+    settings = {"router": "fixed", "gate": "raw", "router_init_std": 1e-3}
+    model = built(shaken, tiny("llama"), router_options={"experts": experts}, **settings).float()
+    model.save_pretrained(tmp_path)
+    table = TaskTable.from_names([*NAMES, "copy"])
+    grown = grow(tiny("llama"), tmp_path, 4, table, router_options={"experts": {**experts, "copy": 3}}).eval()
+    inputs = batch("llama", [2, 0, 1])
+    close(head(grown(**inputs)), head(model(**inputs)))
+    new = batch("llama", [3])
+    with grown.disable_adapter():
+        base = head(grown(**new))
+    assert torch.equal(head(grown(**new)), base)  # an adapter of its own, at its start

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel, TaskTable, attach
 from taskmoe.moe.banks.fusion import FusedAdapters, identity_penalty
+from taskmoe.moe.growth import grow
 from taskmoe.moe.sub_blocks import BlockOutput
 
 NAMES = ["sort", "sum", "translate"]
@@ -170,3 +171,11 @@ def test_dropout_is_of_the_weights_and_in_training_only(tiny, batch, shaken, hea
     assert torch.equal(head(model(**inputs)), head(model(**inputs)))
     with pytest.raises(ConfigError, match=r"moe.bank_options.dropout: 1.0 must be in \[0, 1\)"):
         built(tiny("llama"), {"dropout": 1.0})
+
+
+def test_a_library_under_an_attention_does_not_grow(tiny, tmp_path):
+    model = built(tiny("llama"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"moe.bank: 'fusion' weighs all experts in .*attention"):
+        grow(tiny("llama"), tmp_path, 4)
+    assert len(grow(tiny("llama"), tmp_path, 3, TaskTable.from_names([*NAMES, "copy"])).tasks) == 4
