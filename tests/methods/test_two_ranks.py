@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,10 @@ STEPS, BOUND = 4, 1e-6
 
 
 def run_one(config: Config) -> int:
-    """On a rank of the shared pair."""
+    """On a rank of the shared pair; files that a configuration names are relative to the project."""
     torch.set_num_threads(1)
-    return train(config)
+    with contextlib.chdir(ROOT):
+        return train(config)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
