@@ -478,7 +478,7 @@ def test_the_bias_chooses_and_does_not_gate(build, inputs):
         ({"bank": "own_keys", "r": 4}, "moe.bank_options.top_k: 8 must be between 1 and r = 4"),
         ({"bank": "own_keys", "r": 8, "bank_options": {"temperature": 0.0}}, "moe.bank_options.temperature"),
         ({"router": "token_linear", "router_options": {"top_k": 2}}, "moe.router_options.top_k"),
-        ({"expert_pattern": {"q_proj": 2}}, "moe.expert_pattern: router 'task_table' gives all layers as many"),
+        ({"expert_pattern": {"q_proj": 2}}, "moe.expert_pattern: router 'task_table' gives all layers as"),
         (
             {"router": "token_linear", "gate": "top_k", "top_k": 3, "expert_pattern": {"q_proj": 2}},
             "moe.expert_pattern: 2 experts of model.layers.0.self_attn.q_proj are fewer than top_k 3",
