@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,39 @@ def test_resumed_equals_uninterrupted_within_a_stage_and_between(tmp_path):
         assert train(replace(CONFIG, output_dir=str(half), resume_from_checkpoint="true")) == 0
         expected, found = weights(tmp_path / "whole", 8), weights(half, 8)
         assert all(torch.equal(found[n], expected[n]) for n in expected), stop
+
+
+def run_all(configs: list[Config]) -> list[int]:
+    """On a rank of the shared pair."""
+    torch.set_num_threads(1)
+    return [train(config) for config in configs]
+
+
+def test_two_ranks_draw_the_same_routes_and_start_anew_alike(spawn_ranks, tmp_path):
+    text = {"representation": "text", "representation_options": {"targets": True}}
+    config = replace(
+        CONFIG,
+        moe=replace(CONFIG.moe, lora_dropout=0.0, **text),
+        phases=(replace(STAGES[0], train=("base", "experts", "router")), STAGES[1]),
+        optim="sgd",
+        learning_rate=0.1,
+        router_learning_rate=0.1,
+    )
+    assert train(replace(config, output_dir=str(tmp_path / "one"), gradient_accumulation_steps=4)) == 0
+    pair = []
+    for stage in (2, 3):
+        settings = {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})}
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": settings}))
+        pair.append(replace(config, output_dir=str(tmp_path / f"two-{stage}"), deepspeed=str(path)))
+    assert spawn_ranks(run_all, configs=pair, timeout_s=240) == [[0, 0]] * 2
+    expected, start = weights(tmp_path / "one", 8), weights(tmp_path / "one", 4)
+    moved = max(float((expected[n] - start[n]).abs().max()) for n in expected)
+    for stage in (2, 3):
+        found = weights(tmp_path / f"two-{stage}", 8)
+        assert found.keys() == expected.keys()
+        off = max(float((found[n] - expected[n]).abs().max()) for n in expected)
+        assert off <= 1e-6 < 1e-2 * moved, f"ZeRO {stage}"
 
 
 def test_copies_of_modules_start_from_the_base_as_it_is_now():
