@@ -46,8 +46,8 @@ def save_prompt(model: TaskMoEModel, task: int | str, folder: str | Path) -> Non
     kind = next((t for end, t in TASK_TYPES.items() if type(base).__name__.endswith(end)), None)
     if kind not in GENERATORS:
         raise CollapseError(
-            f"{type(base).__name__}: peft's models read positions of the prompt where ours read the text's; keep "
-            "the mixture (save_pretrained)"
+            f"{type(base).__name__}: peft's models read positions of the prompt where ours read the text's; "
+            "keep the mixture (save_pretrained)"
         )
     prompt_lW = prompts.bank(model.context([number]))[0].float().cpu().contiguous()
     config: dict[str, Any] = {

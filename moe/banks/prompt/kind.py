@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from taskmoe.moe.banks.base import Placement
 from taskmoe.moe.banks.prompt.entry import NAME, Prompts
 from taskmoe.moe.banks.prompt.layers import LayerPrompts, attentions, geometry
-from taskmoe.moe.banks.prompt.per_task import PromptOptions
+from taskmoe.moe.banks.prompt.per_task import PLACES, PromptOptions
 from taskmoe.moe.banks.prompt.site import Site, find_site
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context, use
 from taskmoe.moe.options import options_of
 from taskmoe.moe.tasks import TaskTable
 
-ENTRIES = {"input": Prompts, "layers": LayerPrompts}
+ENTRIES = dict(zip(PLACES, (Prompts, LayerPrompts), strict=True))
 LAYER_STD = 0.02  # there is no token to start a key or a value from
 
 
@@ -48,7 +48,6 @@ class PromptKind:
             ConfigError: options that cannot be used, a model that prompts cannot enter.
         """
         options = options_of("bank", config, self)
-        _check(options)
         if self.levels and config.num_heads > 1:
             raise ConfigError(
                 f"moe.num_heads: {config.num_heads} with prompts; they are mixed whole, so leave it at 1"
@@ -85,19 +84,6 @@ class PromptKind:
         bank = self.bank(config, options, len(attached.tasks), starts)
         device = next(site.body.get_input_embeddings().parameters()).device  # type: ignore[operator]
         attached.add_module(NAME, ENTRIES[options.where](bank.to(device), options.length, site))
-
-
-def _check(options: PromptOptions) -> None:
-    if options.where not in ENTRIES:
-        raise ConfigError(
-            f"moe.bank_options.where: {options.where!r} is unknown; known are {', '.join(ENTRIES)}"
-        )
-    if options.length < 1:
-        raise ConfigError(f"moe.bank_options.length: {options.length} must be at least 1")
-    for name in ("start_std", "factor_std"):
-        value = getattr(options, name, None)
-        if value is not None and value < 0:
-            raise ConfigError(f"moe.bank_options.{name}: {value} must be 0 or more")
 
 
 @torch.no_grad()

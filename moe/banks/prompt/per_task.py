@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.moe.banks.base import Bank
-from taskmoe.moe.config import TaskMoEConfig
+from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 
 # A number of prompts -> their values at the start, [number, l, W] float32.
 Starts = Callable[[int], Tensor]
+PLACES = ("input", "layers")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class PromptOptions:
     length: int = 20  # positions of a prompt, the same for every task
     where: str = "input"  # input: before the embeddings | layers: keys and values before every layer's own
     start_std: float | None = None  # start at N(0, start_std); None: random tokens' embeddings, layers: 0.02
+
+    def __post_init__(self) -> None:
+        if self.where not in PLACES:
+            raise ConfigError(
+                f"moe.bank_options.where: {self.where!r} is unknown; known are {', '.join(PLACES)}"
+            )
+        if self.length < 1:
+            raise ConfigError(f"moe.bank_options.length: {self.length} must be at least 1")
+        for name in ("start_std", "factor_std"):
+            value = getattr(self, name, None)
+            if value is not None and value < 0:
+                raise ConfigError(f"moe.bank_options.{name}: {value} must be 0 or more")
 
 
 class PerTaskPrompts(Bank):

@@ -10,6 +10,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, ViTConfig, ViTModel
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel, attach
+from taskmoe.moe.attach import check
 from taskmoe.moe.banks.prompt.vectors import average_vectors, task_vector
 
 TASKS = ["sort", "sum", "translate"]
@@ -194,6 +195,11 @@ def test_the_same_seed_gives_the_same_start(tiny):
 def test_options_that_cannot_be_used(settings, message, tiny):
     with pytest.raises(ConfigError, match=message):
         attach(tiny("gpt2"), TaskMoEConfig.from_dict({"bank": "prompt", **settings}), TASKS)
+
+
+def test_options_are_read_before_there_is_a_model():
+    with pytest.raises(ConfigError, match=r"moe.bank_options.length: 0 must be at least 1"):
+        check(config("prompt_bank", length=0))
 
 
 def test_models_that_prompts_cannot_enter(tiny):
