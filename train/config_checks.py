@@ -146,10 +146,10 @@ def choices(path: str) -> Collection[str] | None:
 
     Those of routers, gates, balancing and surgery are read from their registries, which imports torch.
     """
-    if path in ("moe.bank", "moe.router", "moe.representation", "moe.gate"):
+    if path in ("moe.bank", "moe.router", "moe.representation", "moe.gate", "phases.*.gate"):
         from taskmoe.moe.choices import SEAMS
 
-        return SEAMS[path.removeprefix("moe.")]
+        return SEAMS[path.rpartition(".")[2]]
     if path == "balancing.method":
         from taskmoe.train.balancing.balancer import BALANCERS
 

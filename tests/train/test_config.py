@@ -31,6 +31,7 @@ from taskmoe.train.config_decode import known_paths, leaves
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.config_io import dump, load
 from taskmoe.train.config_schema import schema
+from taskmoe.train.schedule import REINIT
 
 BASE = """\
 model: {type: llama, hidden_size: 32}
@@ -352,7 +353,7 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
         ("surgery: {method: gradvac, refresh_every: 2}", "surgery.refresh_every: 2, but 'gradvac' has no"),
         ("phases: [{gate: top_k}]", "phases.0.gate: None with gate 'top_k'; set both"),
         ("phases: [{gate: gumble}]", "phases.0.gate: 'gumble' is unknown; known are softmax"),
-        ("moe: {router: fixed, gate: raw}\nphases: [{gate: softmax}]", "phases.0.gate: 'softmax' with router"),
+        ("moe: {router: fixed, gate: raw}\nphases: [{gate: softmax}]", "phases.0.gate: 'softmax' with"),
         ("surgery: {method: graddrop, scope: layer}", "surgery.scope: 'layer' has no effect on 'graddrop'"),
         (
             "surgery: {method: sum, way: fused}\nphases: [{train: [base, experts]}]",
@@ -630,6 +631,8 @@ def test_schema_says_which_choice_reads_which_key() -> None:
         assert readers or key in GENERAL or key.endswith("_options"), f"nothing reads {key}"
         assert key in GENERAL or entry.get("x-read-by", []) == readers, key
     assert moe["properties"]["top_k"]["x-read-by"] == ["gate: top_k"]
+    phase = schema()["properties"]["phases"]["items"]["properties"]
+    assert phase["gate"]["enum"] == list(SEAMS["gate"]) and phase["reinit"]["items"]["enum"] == list(REINIT)
     rules = {(seam, rule["if"]["properties"][seam]["const"]): rule["then"]
              for rule in moe["allOf"] for seam in rule["if"]["properties"]}  # fmt: skip
     for seam, methods in SEAMS.items():
