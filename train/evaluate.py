@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from taskmoe.moe.choices import choices_in_use
 from taskmoe.moe.config import ConfigError
 from taskmoe.moe.tasks import TaskTable
 from taskmoe.train.checkpoint import rng_state, set_rng_state
@@ -115,9 +116,12 @@ def evaluate(
 
 
 def evaluate_controls(model: Any, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
-    """:func:`evaluate` with the experts disabled, and with every gate 1 / E: {arm: results}."""
+    """:func:`evaluate` with the experts disabled, and with every gate (if any) 1 / E: {arm: results}."""
+    modes = {"disabled": model.disable_adapter, "uniform": model.uniform_gates}
+    if "router" not in choices_in_use(model.moe_config):
+        del modes["uniform"]
     arms = {}
-    for name, mode in (("disabled", model.disable_adapter), ("uniform", model.uniform_gates)):
+    for name, mode in modes.items():
         with mode():
             arms[name] = evaluate(model, *args, **kwargs)
     return arms

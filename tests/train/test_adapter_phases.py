@@ -138,3 +138,13 @@ def test_each_phase_of_fusion_moves_what_it_names(tmp_path):
     ]
     names = set(weights(tmp_path))
     assert moved == [{n for n in names if ".attention." not in n}, {n for n in names if ".attention." in n}]
+
+
+def test_without_gates_there_is_no_control_with_uniform_ones(tmp_path):
+    expected = {"adapter": {"experts", "disabled", "uniform"}, "generated": {"experts", "disabled"}}
+    short = replace(BASE.evaluation, controls=True, max_new_tokens=2)
+    for method, arms in expected.items():
+        config = replace(METHODS[method], max_steps=2, save_steps=None, evaluation=short)
+        assert train(replace(config, output_dir=str(tmp_path / method))) == 0
+        found = json.loads((tmp_path / method / "eval_results.json").read_text())
+        assert {n for n, arm in found.items() if isinstance(arm, dict) and "tasks" in arm} == arms
