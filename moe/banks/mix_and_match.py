@@ -55,7 +55,7 @@ class MixAndMatchBank(CoreBank):
         if isinstance(gate, TokenGate):
             s_MR = self.shrunk(x_MK, y_MN, A_GRK, plan)
             pairs_MRQ = dense_gates(gate, R * Q, s_MR.dtype).unflatten(1, (R, Q))
-            h_MQ = torch.einsum("mr,mrq->mq", s_MR, pairs_MRQ)
+            h_MQ = (s_MR.unsqueeze(2) * pairs_MRQ).sum(1)  # no product that autocast would round
             ones_TQ = h_MQ.new_ones(plan.num_tasks, Q)
             return expand(h_MQ, y_MN, B_GQN.unsqueeze(2), ones_TQ, None, self.scale, plan)
         pairs_TE = gate.values.squeeze(1)

@@ -356,6 +356,26 @@ def test_packed_rows_are_their_parts(build, close):
         close(packed[:, start:end], alone, 1e-10)
 
 
+@pytest.mark.parametrize("how", ["bf16", "autocast"])
+def test_a_base_in_bf16_and_autocast_change_the_numbers_a_little(method, how, build, inputs, gradients):
+    model, batch = build(method).float(), inputs(method)
+    if "instance_embeddings" in batch:
+        batch["instance_embeddings"] = batch["instance_embeddings"].float()
+    expected = model(**batch).logits.detach()
+    if how == "bf16":
+        for _, p in model.parameter_groups()["base"]:
+            p.data = p.data.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = model(**batch).logits
+    assert found.dtype == torch.bfloat16
+    smooth = not any(word in f"{METHODS[method]}" for word in ("top_k", "one_hot"))
+    if smooth:  # a choice of experts may turn where two are nearly level
+        assert float((found.float() - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    for name, gradient in gradients(model, found.float().square().mean()).items():
+        assert gradient.dtype == torch.float32, name
+        assert gradient.isfinite().all(), name
+
+
 # -- the vectors of tasks ------------------------------------------------------------------------------------
 
 
