@@ -196,22 +196,15 @@ def merged_weights(model, task: int) -> dict[str, Tensor]:
     """
     config = model.moe_config
     E, H = config.num_experts, config.num_heads
-    router = model.routing.router
+    noise_STHE = model.routing.noise([task])
     weights: dict[str, Tensor] = {}
     for name, layer in model.base_model.named_modules():
         if not isinstance(layer, MoELinear):
             continue
         A, B = layer.bank.A_ErK, layer.bank.B_ErN
-        if config.router == "task_table":
-            logits_HE = router.logits_STHE[layer.group, task]
-        elif config.router == "task_mlp":
-            vector = model.routing.representation.embedding_TD[task]
-            hidden = vector @ router.w1_SDF[layer.group] + router.b1_SF[layer.group]
-            logits = nn.functional.gelu(hidden) @ router.w2_SFE[layer.group] + router.b2_SE[layer.group]
-            logits_HE = logits.view(H, E)
-        else:
-            logits_HE = A.new_zeros(H, E)
-        gates_HE = torch.stack([_gate(logits_HE[h] / config.router_temperature, config) for h in range(H)])
+        logits_HE = _logits(model, layer.group, task)
+        noise_HE = [None] * H if noise_STHE is None else noise_STHE[layer.group, 0].to(logits_HE.dtype)
+        gates_HE = torch.stack([_gate(logits_HE[h], config, noise_HE[h]) for h in range(H)])
         rank = (config.rank_pattern or {}).get(name.rpartition(".")[2], config.r)
         scale = 1.0 if config.lora_alpha is None else config.lora_alpha / rank
         if config.compose == "after":
@@ -229,8 +222,50 @@ def merged_weights(model, task: int) -> dict[str, Tensor]:
     return weights
 
 
-def _gate(logits_E: Tensor, config) -> Tensor:
-    if config.gate == "softmax":
+def _logits(model, group: int, task: int) -> Tensor:
+    config, router = model.moe_config, model.routing.router
+    E, H = config.num_experts, config.num_heads
+    if config.router == "task_table":
+        return router.logits_STHE[group, task]
+    if config.router == "none":
+        return router.zero.new_zeros(H, E)
+    if config.router == "random_tasks":
+        return router.route_STHE[group, task]
+    if config.router == "fixed":
+        expert = next(iter(config.router_options["experts"].values())) if task == 0 else E - 1
+        return nn.functional.one_hot(torch.tensor([expert] * H), E).to(router.route_TE.dtype)
+    vector = model.routing.representation.embedding_TD[task]
+    if config.router == "task_linear":
+        return (vector @ router.w_SDE[group] + router.b_SE[group]).view(H, E)
+    if config.router == "task_mlp":
+        hidden = vector @ router.w1_SDF[group] + router.b1_SF[group]
+        return (nn.functional.gelu(hidden) @ router.w2_SFE[group] + router.b2_SE[group]).view(H, E)
+    assert config.router == "shared_mlp"
+    hidden = nn.functional.gelu(vector @ router.w1_DF + router.b1_F)
+    of_group = slice(group * H * E, (group + 1) * H * E)
+    return (hidden @ router.w2_FE[:, of_group] + router.b2_E[of_group]).view(H, E)
+
+
+def _gate(logits_E: Tensor, config, noise_E: Tensor | None) -> Tensor:
+    options, T = config.gate_options or {}, config.router_temperature
+    if config.gate == "raw":
+        return logits_E
+    if options.get("normalise") == "l2":
+        return logits_E / (logits_E.pow(2).sum() + 1e-12) ** 0.5  # the bound on the gradient at zero
+    if config.gate.startswith("gumbel"):
+        logits_E = logits_E if noise_E is None else logits_E - (-noise_E.log()).log()
+    if config.gate == "bernoulli":
+        odds = 1 / (1 + (-logits_E / T).exp())
+        if noise_E is not None:
+            odds = 1 / (1 + ((1 - noise_E) / noise_E * (-logits_E).exp()) ** (1 / T))
+        if options.get("straight_through"):
+            on = (odds > 0.5) if (odds > 0.5).any() else (odds == odds.max())
+            odds = odds + (on.to(odds.dtype) - odds).detach()
+        if options.get("shared"):
+            odds = torch.cat([odds[:-1], odds.new_ones(1)])
+        return odds / (odds.sum() + 1e-12)
+    logits_E = logits_E / T
+    if config.gate in ("softmax", "gumbel"):
         return logits_E.exp() / logits_E.exp().sum()
     if config.gate == "sigmoid":
         odds = 1 / (1 + (-logits_E).exp())
@@ -238,7 +273,7 @@ def _gate(logits_E: Tensor, config) -> Tensor:
     if config.gate == "top_k":
         kept = logits_E >= logits_E.sort(descending=True).values[config.top_k - 1]
         return torch.where(kept, logits_E.exp(), 0.0) / logits_E[kept].exp().sum()
-    if config.gate == "one_hot":
+    if config.gate in ("one_hot", "gumbel_one_hot"):
         soft = logits_E.exp() / logits_E.exp().sum()
         return soft + ((logits_E == logits_E.max()).to(soft.dtype) - soft).detach()
     assert config.gate == "uniform"

@@ -22,6 +22,20 @@ METHODS = {
     "top_k-before": {"compose": "before", "gate": "top_k", "top_k": 2},
     "poly": {"compose": "before", "gate": "sigmoid", "lora_alpha": 1.0},
     "mhr": {"compose": "before", "gate": "sigmoid", "lora_alpha": 1.0, "num_heads": 4},
+    "linear-gumbel": {"router": "task_linear", "gate": "gumbel", "router_temperature": 0.7},
+    "shared-mlp-gumbel-one-hot": {
+        "router": "shared_mlp", "gate": "gumbel_one_hot", "task_embedding_dim": 5, "router_hidden_dim": 4,
+        "router_scope": "layer",
+    },
+    "fixed": {"router": "fixed", "gate": "raw", "router_options": {"experts": {"sort": 1, "*": 2}}},
+    "random-tasks": {"router": "random_tasks", "gate": "raw", "router_options": {"experts": 2}},
+    "raw": {"router": "task_linear", "gate": "raw", "task_embedding_dim": 5},
+    "poly-noise": {"compose": "before", "gate": "bernoulli", "router_temperature": 0.7},
+    "mhr-noise-shared": {
+        "compose": "before", "gate": "bernoulli", "num_heads": 4, "gate_options": {"shared": True}
+    },
+    "poly-rounded": {"compose": "before", "gate": "bernoulli", "gate_options": {"straight_through": True}},
+    "poly-l2": {"compose": "before", "gate": "sigmoid", "gate_options": {"normalise": "l2"}},
     "mhr-mlp": {"compose": "before", "num_heads": 2, "router": "task_mlp", "task_embedding_dim": 5},
 }
 TASKS = [2, 0, 1, 0]
@@ -52,7 +66,10 @@ def test_every_method_is_its_formula(method, tiny, batch, routed, head, merged, 
     settings = {n: v for n, v in METHODS[method].items() if n != "rank_pattern"}
     if method == "ranks":
         settings["rank_pattern"] = {"q_proj": 3}
-    compare(routed("llama", **settings), tiny("llama").eval(), inputs, head, merged, gradients, close)
+    model = routed("llama", **settings)
+    model.train(model.routing.gate.noisy)  # no dropout in it
+    model.routing.step = 4
+    compare(model, tiny("llama").eval(), inputs, head, merged, gradients, close)
 
 
 @pytest.mark.parametrize("compose", ["after", "before"])
