@@ -68,11 +68,12 @@ def grow(
         state = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{folder / WEIGHTS}: not a readable safetensors file ({error})") from error
-    own = {n: p for g, ps in model.parameter_groups().items() if g != "base" for n, p in ps}
+    own = model.adapter_tensors()
     different = sorted(own.keys() ^ state.keys())
     if different:
         raise StateError(f"{folder / WEIGHTS}: {different[0]} is not in both; was another base model saved?")
     axes = task_dims(model)
+    rule = "mean" if after.new_task_rows == "nearest" else after.new_task_rows
     closed = [n for n, m in model.named_modules() if isinstance(m, Bank) and m.weighs_all]
     if closed and num_experts > before.num_experts:
         raise ConfigError(
@@ -82,9 +83,10 @@ def grow(
     with torch.no_grad():
         for name, p in own.items():
             if name == TABLE:
-                p.copy_(_table(p, state[name], after.new_task_rows))
-            else:
-                _copy(name, p, state[name], axes.get(name), after.new_task_rows)
+                p.copy_(_table(p, state[name], rule))
+            else:  # buffers are given, not learned: rows of new tasks are there already
+                given = not isinstance(p, nn.Parameter)
+                _copy(name, p, state[name], axes.get(name), "random" if given else rule)
     _check_routes(model, before, saved, state)
     return model
 
@@ -100,7 +102,7 @@ def _table(new_STHF: Tensor, old_STHE: Tensor, rule: str) -> Tensor:
     return grown
 
 
-def _copy(name: str, p: nn.Parameter, old: Tensor, axis: int | None, rule: str) -> None:
+def _copy(name: str, p: Tensor, old: Tensor, axis: int | None, rule: str) -> None:
     """The old values come first on every axis; rows of new tasks follow the rule."""
     if old.dim() != p.dim() or any(o > n for o, n in zip(old.shape, p.shape, strict=True)):
         raise StateError(f"{name} has shape {tuple(old.shape)}, the model {tuple(p.shape)}: other settings?")

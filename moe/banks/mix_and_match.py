@@ -27,6 +27,7 @@ class MixAndMatchBank(CoreBank):
 
     uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "lora_alpha", "lora_dropout")
     levels: ClassVar[tuple[str, ...]] = ("task", "token")
+    weighs_all: ClassVar[bool] = True  # another row of B renumbers the pairs
 
     def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:
         super().__init__(config, d_in, r)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel, attach, siblings
 from taskmoe.moe.context import RowSpaceError, use
+from taskmoe.moe.growth import grow
 from taskmoe.moe.layer import MoELinear
-from taskmoe.moe.tasks import TaskError
+from taskmoe.moe.tasks import TaskError, TaskTable
 from taskmoe.moe.token_routers.arrow import set_prototypes
 from taskmoe.moe.token_routers.clusters import TokenClusterRouter, set_centroids
 from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
@@ -402,6 +403,20 @@ def test_a_base_in_bf16_rounds_the_output_alone(method, how, build, inputs, grad
     for name, gradient in gradients(model, loss).items():
         assert gradient.dtype == torch.float32, name
         assert gradient.isfinite().all(), name
+
+
+def test_a_library_takes_its_buffers_along_and_does_not_renumber_pairs(build, inputs, tiny, tmp_path):
+    model, batch = build("token_cluster").float(), inputs("token_cluster")
+    batch["instance_embeddings"] = batch["instance_embeddings"].float()
+    model.save_pretrained(tmp_path / "clusters")
+    table = TaskTable.from_names([*TASKS, "d"])
+    grown = grow(tiny("llama"), tmp_path / "clusters", 4, table, dry_run=False).eval()
+    assert torch.equal(grown(**batch).logits, model(**batch).logits)
+    with pytest.raises(ConfigError, match=r"moe\.router: 'token_cluster' would send tokens of the old tasks"):
+        grow(tiny("llama"), tmp_path / "clusters", 5, table, dry_run=False)
+    build("mix_and_match, by task").float().save_pretrained(tmp_path / "pairs")
+    with pytest.raises(ConfigError, match=r"moe\.bank: 'mix_and_match' weighs all experts"):
+        grow(tiny("llama"), tmp_path / "pairs", 8, dry_run=False)
 
 
 # -- the vectors of tasks ------------------------------------------------------------------------------------
