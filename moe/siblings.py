@@ -85,8 +85,8 @@ def _can_share(bank: LowRankBank) -> bool:
 
 
 def family(linears: Sequence[MoELinear]) -> Siblings | None:
-    """Siblings, if the banks of ``linears`` fit together: one number of experts, rank and composition, and the
-    gates of tasks."""
+    """Siblings, if the banks of ``linears`` fit together: one number of experts, rank and composition, gates
+    of tasks."""
     if any(linear.token_routing is not None or not linear.bank.shares for linear in linears):
         return None
     shapes = {(tuple(linear.bank.A_ErK.shape), linear.bank.compose) for linear in linears}

@@ -59,7 +59,8 @@ def _type(kind: Any, path: str, comments: dict[tuple[str, str], str]) -> dict[st
     allowed, bounds = choices(path), RANGES.get(path)
     for target in (entry["items"],) if entry.get("type") == "array" else (entry,):
         if allowed is not None:
-            target["enum"] = list(allowed)
+            off = [None] if nullable(kind) and target is entry else []
+            target["enum"] = [*allowed, *off]
         if bounds is not None:
             target.update(_bounds(bounds))
     if nullable(kind):
