@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from taskmoe.moe.banks.module.rows import arguments_of, can_be_cut, combine, used_experts
-from taskmoe.moe.banks.module.stack import ModuleStack, extend_cache, find_cache
+from taskmoe.moe.banks.module.stack import ModuleStack, Run, extend_cache, find_cache
 from taskmoe.moe.banks.module.targets import PAIR, attends
 from taskmoe.moe.context import Context, Gate, RowSpaceError, TokenGate, current
 
@@ -104,11 +104,13 @@ class ModuleExperts(nn.Module):
             rows.append(None if whole else torch.tensor(mine).to(x.device, non_blocking=True))
             strangers = whole and gate.split is not None and len(mine) < plan.rows
             gates.append(weights[..., e] * (tasks == t).view(lead) if strangers else weights[..., e])
-        calls = [arguments_of(args, kwargs, r, len(x)) for r in rows]
-        outputs = self.stack(
-            jobs, self.original, [(a, k) for a, k, _ in calls], cache is not None, gate.split
-        )
-        return combine(outputs, gates, rows, [h for _, _, h in calls], self.name)
+
+        def body(run: Run, args: tuple, kwargs: dict) -> Any:
+            calls = [arguments_of(args, kwargs, r, len(x)) for r in rows]
+            outputs = [run(i, job, *calls[i][:2]) for i, job in enumerate(jobs)]
+            return combine(outputs, gates, rows, [h for _, _, h in calls], self.name)
+
+        return self.stack(body, self.original, args, kwargs, cache is not None, gate.split)
 
     def _by_token(self, x: Tensor, args: tuple, kwargs: dict, context: Context) -> Tensor:
         """Gates of a token: each expert runs on the rows that chose it, all as one sequence."""
@@ -123,13 +125,13 @@ class ModuleExperts(nn.Module):
                     f"{tuple(x.shape[:-1])} it takes a tensor {tuple(a.shape)}; route by task, or choose "
                     "modules that work token by token (of: ffn)"
                 )
-        flat_args = [a.reshape(1, M, -1) if isinstance(a, Tensor) else a for a in args]
+        flat_args = tuple(a.reshape(1, M, -1) if isinstance(a, Tensor) else a for a in args)
         flat_kwargs = {n: a.reshape(1, M, -1) if isinstance(a, Tensor) else a for n, a in kwargs.items()}
-        if gate.slots is None and gate.split is None:
-            calls: list[tuple[tuple, dict]] = [(tuple(flat_args), flat_kwargs)] * E
-            outputs = self.stack([(0, e) for e in range(E)], self.original, calls)
-            values_MkD = torch.stack([self._rows(o, M) for o in outputs], dim=1)
-        else:
+
+        def body(run: Run, args: tuple, kwargs: dict) -> Tensor:
+            if gate.slots is None and gate.split is None:
+                outputs = [run(e, (0, e), args, kwargs) for e in range(E)]
+                return torch.stack([self._rows(o, M) for o in outputs], dim=1)
             slots_Mk = gate.slots if gate.slots is not None else torch.arange(E, device=x.device).expand(M, E)
             k, tasks = slots_Mk.shape[-1], 1
             if gate.split is not None:
@@ -140,17 +142,14 @@ class ModuleExperts(nn.Module):
             counts = torch.bincount(slots_Mk.flatten(), minlength=E * tasks).tolist()
             chosen = [i for i, count in enumerate(counts) if count]
             parts = (order // k).split([counts[i] for i in chosen])
-            calls = [
-                (
-                    tuple(a[:, r] if isinstance(a, Tensor) else a for a in flat_args),
-                    {n: a[:, r] if isinstance(a, Tensor) else a for n, a in flat_kwargs.items()},
-                )
-                for r in parts
-            ]
-            jobs = [divmod(i, E) for i in chosen]
-            outputs = self.stack(jobs, self.original, calls, split=gate.split)
-            sorted_rows = torch.cat([self._rows(o, len(r)) for o, r in zip(outputs, parts, strict=True)])
-            values_MkD = sorted_rows[torch.argsort(order)].unflatten(0, (M, k))
+            outputs = []
+            for place, (i, r) in enumerate(zip(chosen, parts, strict=True)):
+                mine = tuple(a[:, r] if isinstance(a, Tensor) else a for a in args)
+                named = {n: a[:, r] if isinstance(a, Tensor) else a for n, a in kwargs.items()}
+                outputs.append(self._rows(run(place, divmod(i, E), mine, named), len(r)))
+            return torch.cat(outputs)[torch.argsort(order)].unflatten(0, (M, k))
+
+        values_MkD = self.stack(body, self.original, flat_args, flat_kwargs, split=gate.split)
         y_MD = torch.einsum("mk,mkd->md", gate.values.to(torch.promote_types(gate.values.dtype, x.dtype)),
                             values_MkD.to(torch.promote_types(gate.values.dtype, x.dtype)))  # fmt: skip
         return y_MD.to(values_MkD.dtype).view(*x.shape[:-1], -1)

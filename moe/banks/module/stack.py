@@ -6,7 +6,7 @@ Legend: E experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from taskmoe.moe.parts import Split
 HALVES = (torch.bfloat16, torch.float16)
 Params = dict[str, Tensor]
 Job = tuple[int, int]  # task of the batch, expert
+Run = Callable[[int, Job, tuple, dict[str, Any]], Any]
 
 
 class CacheError(ValueError):
@@ -63,38 +64,41 @@ class ModuleStack(Bank):
 
     def forward(
         self,
-        jobs: Sequence[Job],
+        body: Callable[[Run, tuple, dict], Any],
         module: nn.Module,
-        calls: Sequence[tuple[tuple, dict]],
+        args: tuple,
+        kwargs: dict[str, Any],
         cached: bool = False,
         split: Split | None = None,
-    ) -> list[Any]:
-        """Run experts.
+    ) -> Any:
+        """What ``body`` makes of the arguments with the experts, which it runs as it likes.
+
+        Under ZeRO-3 the parameters are whole in here alone, and on all ranks as many tensors must come and go:
+        so what is cut up by the choices of a rank's tasks is cut up, and put together again, inside.
 
         Args:
-            jobs: (task, expert) of each run; tasks count with ``split`` alone.
+            body: called with ``run(place, (task, expert), args, kwargs)`` and the arguments as they are here.
+                Tasks count with ``split`` alone; places count from 0.
             module: the original, for its buffers and the dtype to compute in.
-            calls: (args, kwargs) of each.
-            cached: each run keeps its own keys and values.
+            cached: each place keeps its own keys and values.
             split: keeps the tasks' gradients apart; each run is then about rows of its task.
-
-        Returns:
-            What each returns.
         """
         originals = dict(module.named_parameters())
         parameters = [getattr(self, key) for key in self.keys.values()]
         wholes = [p.unsqueeze(0) for p in parameters] if split is None else split(*parameters)
         stacks = {n: [p.unbind(0) for p in w.unbind(0)] for n, w in zip(self.keys, wholes, strict=True)}
         buffers = dict(module.named_buffers())
-        outputs = []
-        for place, ((t, e), (args, kwargs)) in enumerate(zip(jobs, calls, strict=True)):
+
+        def run(place: int, job: Job, args: tuple, kwargs: dict[str, Any]) -> Any:
+            task, expert = job
             mine: Params = {}
             for n, stack in stacks.items():
-                mine[n] = stack[t if len(stack) > 1 else 0][e].to(originals[n].dtype)
+                mine[n] = stack[task if len(stack) > 1 else 0][expert].to(originals[n].dtype)
             runner = self._shell(place if cached else 0)
             runner.train(self.training)
-            outputs.append(functional_call(runner, {**mine, **buffers}, args, kwargs))
-        return outputs
+            return functional_call(runner, {**mine, **buffers}, args, kwargs)
+
+        return body(run, args, kwargs)
 
     @torch.no_grad()
     def start(self, module: nn.Module) -> None:

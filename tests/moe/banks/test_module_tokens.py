@@ -115,8 +115,18 @@ def test_experts_run_on_the_tokens_that_chose_them(tiny, batch):
     stack = experts_of(model)["model.layers.0.mlp"].stack
 
     def count(module, args):
-        jobs, _, calls, *_ = args
-        seen.append({e: a[0].shape[1] for (_, e), (a, _) in zip(jobs, calls, strict=True)})
+        body, *rest = args
+        found = {}
+        seen.append(found)
+
+        def counted(run, args, kwargs):
+            def look(place, job, args, kwargs):
+                found[job[1]] = args[0].shape[1]
+                return run(place, job, args, kwargs)
+
+            return body(look, args, kwargs)
+
+        return counted, *rest
 
     stack.register_forward_pre_hook(count)
     model(**batch("llama", MIX))
