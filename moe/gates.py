@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe.config import TaskMoEConfig
-from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions, bernoulli, sigmoid
+from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions, bernoulli, bernoulli_odds, sigmoid
 
 Gated = tuple[Tensor, Tensor | None]
 
@@ -26,13 +26,15 @@ class GateMethod:
     """One way to gate.
 
     uses: the settings it reads. noisy: whether it takes noise in training. Options: a dataclass of settings
-    of its own.
+    of its own. soft: what its values are before they are rounded or cut to k experts, ``(logits, temperature,
+    noise, options) -> [..., E]`` of 0 or more; None: the values, which say that themselves.
     """
 
     function: Callable[..., Gated]
     uses: tuple[str, ...] = ("router_temperature",)
     noisy: bool = False
     Options: type | None = None
+    soft: Callable[..., Tensor] | None = None
 
     def __call__(
         self,
@@ -46,6 +48,22 @@ class GateMethod:
         if options is None and self.Options is not None:
             options = self.Options()
         return self.function(logits, temperature, top_k, noise, options)
+
+    def shares(
+        self, logits: Tensor, temperature: float = 1.0, noise: Tensor | None = None, options: Any = None
+    ) -> Tensor:
+        """How the gate divides over the experts, [..., E], summing to one, with a gradient at every expert.
+
+        Of a rounded gate the values will not do: |0| has no slope, and v / sum(v) of the one that is left
+        is 1 whatever v is.
+        """
+        if options is None and self.Options is not None:
+            options = self.Options()
+        if self.soft is None:
+            soft = self.function(logits, temperature, None, noise, options)[0].abs()
+        else:
+            soft = self.soft(logits, temperature, noise, options)
+        return soft / soft.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def softmax(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
@@ -89,6 +107,10 @@ def _with_gumbel(logits: Tensor, noise: Tensor | None) -> Tensor:
     return logits if noise is None else logits - torch.log(-torch.log(noise.to(logits.dtype)))
 
 
+def _soft(logits: Tensor, temperature: float, noise: Tensor | None, options: None) -> Tensor:
+    return torch.softmax(_with_gumbel(logits, noise) / temperature, dim=-1)
+
+
 def raw(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """The logits themselves: for routers that give gates (``fixed``, ``random``)."""
     return logits, None
@@ -108,11 +130,11 @@ def with_gate(config: TaskMoEConfig, name: str) -> TaskMoEConfig:
 GATES: dict[str, GateMethod] = {
     "softmax": GateMethod(softmax),
     "sigmoid": GateMethod(sigmoid, Options=SigmoidOptions),
-    "bernoulli": GateMethod(bernoulli, noisy=True, Options=BernoulliOptions),
+    "bernoulli": GateMethod(bernoulli, noisy=True, Options=BernoulliOptions, soft=bernoulli_odds),
     "gumbel": GateMethod(gumbel, noisy=True),
-    "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True),
-    "top_k": GateMethod(top_k, uses=("router_temperature", "top_k")),
-    "one_hot": GateMethod(one_hot),
+    "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True, soft=_soft),
+    "top_k": GateMethod(top_k, uses=("router_temperature", "top_k"), soft=_soft),
+    "one_hot": GateMethod(one_hot, soft=_soft),
     "raw": GateMethod(raw, uses=()),
     "uniform": GateMethod(uniform, uses=()),
 }

@@ -145,12 +145,8 @@ def routed(routing: Routing, ids: Sequence[int], tasks: Tensor, noise: Tensor | 
     """
     logits = routing.logits(tasks)
     values, slots = routing.gate(logits, routing.temperature, routing.top_k, noise, routing.gate_options)
-    if slots is None:
-        gates = values
-        shares = values.abs() / values.abs().sum(-1, keepdim=True).clamp_min(1e-12)
-    else:
-        gates = torch.zeros_like(logits).scatter(-1, slots, values)
-        shares = torch.softmax(logits / routing.temperature, dim=-1)
+    gates = values if slots is None else torch.zeros_like(logits).scatter(-1, slots, values)
+    shares = routing.gate.shares(logits, routing.temperature, noise, routing.gate_options)
     return Routed(ids, logits, gates, shares, routing.temperature)
 
 

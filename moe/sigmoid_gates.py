@@ -70,10 +70,7 @@ def bernoulli(
     """sigmoid((z + log u - log(1 - u)) / temperature), u uniform: a relaxed Bernoulli variable an expert
     (Ponti et al. 2022; Maddison et al. 2017), normalised. Without noise (in evaluation): the sigmoid.
     """
-    if noise is not None and options.relaxed:
-        uniform = noise.to(logits.dtype)
-        logits = logits + torch.log(uniform) - torch.log1p(-uniform)
-    values = torch.sigmoid(logits / temperature)
+    values = _relaxed(logits, temperature, noise, options)
     if options.straight_through:
         # Where all would round to 0 the largest counts as 1: a task without any expert learns nothing.
         hard = (values > 0.5) | (values == values.amax(dim=-1, keepdim=True))
@@ -85,9 +82,28 @@ def bernoulli(
     return _normalised(values, options.normalise, options.shared), None
 
 
+def bernoulli_odds(
+    logits: Tensor, temperature: float, noise: Tensor | None, options: BernoulliOptions
+) -> Tensor:
+    """The values of :func:`bernoulli` before rounding, dropout and normalising, [..., E]."""
+    return _with_shared(_relaxed(logits, temperature, noise, options), options.shared)
+
+
+def _relaxed(logits: Tensor, temperature: float, noise: Tensor | None, options: BernoulliOptions) -> Tensor:
+    if noise is not None and options.relaxed:
+        uniform = noise.to(logits.dtype)
+        logits = logits + torch.log(uniform) - torch.log1p(-uniform)
+    return torch.sigmoid(logits / temperature)
+
+
+def _with_shared(values: Tensor, shared: bool) -> Tensor:
+    if not shared:
+        return values
+    return torch.cat([values[..., :-1], torch.ones_like(values[..., -1:])], dim=-1)
+
+
 def _normalised(values: Tensor, norm: str, shared: bool) -> Tensor:
-    if shared:
-        values = torch.cat([values[..., :-1], torch.ones_like(values[..., -1:])], dim=-1)
+    values = _with_shared(values, shared)
     if norm == "sqrt":
         return values / values.shape[-1] ** 0.5
     return values / (values.sum(dim=-1, keepdim=True) + EPS)

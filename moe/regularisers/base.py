@@ -32,8 +32,8 @@ class Routed:
 
     tasks: ids of the tasks with a target in the step, over all ranks and micro-batches. logits_STHE: [S, Tb,
     H, E]. gates_STHE: the same, zeros for experts that a top-k gate leaves out. shares_STHE: how a task's
-    routing divides over the experts, summing to one and differentiable: the gates where every expert has one,
-    else softmax(logits / temperature).
+    routing divides over the experts, summing to one and differentiable: the gates, or what they were before
+    they were rounded or cut to k experts (``GateMethod.shares``).
     """
 
     tasks: Sequence[int]

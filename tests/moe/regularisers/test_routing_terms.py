@@ -8,10 +8,17 @@ import pytest
 import torch
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, attach, penalty
+from taskmoe.moe.gates import GATES
 from taskmoe.moe.regularisation import routed
 from taskmoe.moe.regularisers.kinds import read_regularisers
+from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions
 
 TASKS = ["a", "b", "c", "d"]
+ROUNDED = (  # their values have no slope of their own
+    {"gate": "one_hot"},
+    {"gate": "gumbel_one_hot"},
+    {"gate": "bernoulli", "gate_options": {"straight_through": True, "dropout": 0.5}},
+)
 
 
 def made(tiny, shaken, **settings):
@@ -79,6 +86,7 @@ def test_sparsity_is_of_the_sigmoids(tiny, shaken):
         ("sparsity", {"gate": "sigmoid", "compose": "before"}),
         ("window_balance", {}),
         ("window_balance", {"gate": "top_k", "top_k": 2}),
+        *((name, gate) for gate in ROUNDED for name in ("window_balance", "entropy")),
     ],
 )
 def test_the_gradient_is_that_of_central_differences(name, settings, tiny, shaken):
@@ -153,6 +161,27 @@ def test_the_window_is_a_running_mean_a_task_and_comes_back(tiny, shaken):
     again = made(tiny, shaken, regularisers={"window_balance": 1.0})
     again.penalties.routing["window_balance"].load_state(state)
     assert torch.equal(again.penalties.routing["window_balance"].state()[1], state[1])
+
+
+def test_shares_are_what_a_gate_was_before_it_was_rounded():
+    logits, noise = torch.randn(5, 4).double(), torch.rand(5, 4).double()
+
+    def shares(name, noise=None, options=None):
+        return GATES[name].shares(logits, 0.7, noise, options)
+
+    def values(name, noise=None, options=None):
+        return GATES[name](logits, 0.7, None, noise, options)[0]
+
+    assert torch.allclose(shares("one_hot"), values("softmax"))
+    assert torch.allclose(shares("gumbel_one_hot", noise), values("gumbel", noise))
+    rounded = BernoulliOptions(straight_through=True, shared=True, normalise="sqrt")
+    assert torch.allclose(
+        shares("bernoulli", noise, rounded), values("bernoulli", noise, BernoulliOptions(shared=True))
+    )
+    signed = values("sigmoid", options=SigmoidOptions(normalise="l2"))
+    assert torch.allclose(
+        shares("sigmoid", options=SigmoidOptions(normalise="l2")), signed.abs() / signed.abs().sum(-1, True)
+    )
 
 
 @pytest.mark.parametrize("gate", ["softmax", "one_hot", "top_k"])
