@@ -79,7 +79,8 @@ def save_lora(model: TaskMoEModel, task: int | str, folder: str | Path) -> None:
     It belongs to the base model as it is here: where the base was trained too, save that beside it.
 
     Raises:
-        CollapseError: as :func:`collapse`; or heads a task or saved modules, which a LoRA does not hold.
+        CollapseError: as :func:`collapse`; heads a task or saved modules, which a LoRA does not hold; or a
+            task that uses no expert.
         TaskError: an unknown task.
     """
     for module in model.modules():
@@ -89,6 +90,12 @@ def save_lora(model: TaskMoEModel, task: int | str, folder: str | Path) -> None:
                 "gives the factors of the linears"
             )
     pairs = {n: p for n, p in collapse(model, task).items() if len(p.A_RK)}
+    if not pairs:
+        name = task if isinstance(task, str) else model.tasks.names[task]
+        raise CollapseError(
+            f"task {name!r}: its gates are zero on every expert, so that there is no LoRA to write; the base "
+            "model alone is what it uses"
+        )
     base = model.base_model
     ranks = {name: len(pair.A_RK) for name, pair in pairs.items()}
     r = max(ranks.values())

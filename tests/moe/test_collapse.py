@@ -77,6 +77,18 @@ def test_what_a_lora_does_not_hold_is_refused(tiny, tmp_path):
     assert collapse(model, "a")
 
 
+@pytest.mark.parametrize("task", [1, "sum"])
+def test_a_task_without_experts_is_refused_by_name(task, routed, tmp_path):
+    model = routed("llama", gate="sigmoid", gate_options={"normalise": "l2"})
+    with torch.no_grad():
+        model.routing.router.logits_STHE[:, 1] = 0.0
+    assert all(not gates_THE[1].any() for gates_THE in model.gates().values())
+    with pytest.raises(CollapseError, match="task 'sum': its gates are zero on every expert"):
+        save_lora(model, task, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_lora(model, "sort", tmp_path)
+
+
 def test_an_unknown_task(routed, tmp_path):
     with pytest.raises(TaskError, match="unknown task 'sorting'; the nearest of 3 are sort"):
         save_lora(routed("llama"), "sorting", tmp_path)
