@@ -21,8 +21,8 @@ class FrozenVectors(nn.Module):
     """A given vector for each task: of a text encoder, Fisher information, or else (Ye, Zha, Ren 2022).
 
     vectors_TD: [T, D] float32. centre_D, spread_D: mean and standard deviation of each number over the tasks
-    that training began with (``normalise``). All are buffers, saved with the adapter. A task that is added
-    later takes its vector from the file.
+    that training began with (``normalise``); 0 and 1 where that was one task. All are buffers, saved with the
+    adapter. A task that is added later takes its vector from the file.
     """
 
     uses: ClassVar[tuple[str, ...]] = ()
@@ -46,8 +46,10 @@ class FrozenVectors(nn.Module):
         self.register_buffer("vectors_TD", vectors_TD)
         self.dim, self.normalise = vectors_TD.shape[1], options.normalise
         if self.normalise:
+            # One task has no spread to go by: less its own mean it would be zeros, and say nothing.
             spread_D = vectors_TD.std(0, correction=0)
-            self.register_buffer("centre_D", vectors_TD.mean(0))
+            centre_D = vectors_TD.mean(0) if len(tasks) > 1 else torch.zeros_like(spread_D)
+            self.register_buffer("centre_D", centre_D)
             self.register_buffer("spread_D", torch.where(spread_D > 0, spread_D, 1.0))
 
     def forward(self, tasks: Tensor) -> Tensor:

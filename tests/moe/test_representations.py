@@ -59,8 +59,15 @@ def test_normalised_over_the_tasks_that_training_began_with(path, tiny, tmp_path
     start = torch.stack([VECTORS[n] for n in NAMES[:4]])
     by_hand = (VECTORS["more"] - start.mean(0)) / start.std(0, correction=0)
     assert torch.allclose(grown.routing.representation(torch.tensor([4]))[0], by_hand, atol=1e-5)
+
+
+def test_one_task_alone_keeps_its_vector(path, tiny, tmp_path):
     one = attach(tiny("llama"), config(path, normalise=True), NAMES[:1])
-    assert torch.equal(one.routing.representation(torch.tensor([0])), torch.zeros(1, 5))
+    assert torch.equal(one.routing.representation(torch.tensor([0]))[0], VECTORS["sort"])
+    one.save_pretrained(tmp_path / "adapter")
+    grown = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "adapter", TaskTable.from_names(NAMES[:2]))
+    expected = torch.stack([VECTORS["sort"], VECTORS["sum"]])
+    assert torch.equal(grown.routing.representation(torch.arange(2)), expected)
 
 
 @pytest.mark.parametrize("representation", ["frozen", "learned"])
