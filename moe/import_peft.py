@@ -37,7 +37,9 @@ def import_peft(
     """
     names = [Path(folder).name for folder in folders]
     if config is None:
-        options = {"experts": {name: e for e, name in enumerate(names)}}
+        known = names if tasks is None or isinstance(tasks, int) else getattr(tasks, "names", tasks)
+        experts = {name: e for e, name in enumerate(names)}
+        options = {"experts": {n: e for n, e in experts.items() if n in known} or experts}
         config = TaskMoEConfig(router="fixed", gate="raw", router_options=options)
     config = replace(
         config,

@@ -5,6 +5,7 @@ Legend: S routing groups, T tasks, Tb tasks in this batch, H heads, E experts.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.options import options_of
-from taskmoe.moe.tasks import Task, TaskTable
+from taskmoe.moe.tasks import TaskTable
 
 
 class FixedRouter(nn.Module):
@@ -33,14 +34,14 @@ class FixedRouter(nn.Module):
 
     @dataclass(frozen=True)
     class Options:
-        """The map: the first pattern that matches a task's name counts; groups count as they come."""
+        """The map: a task's own name counts before patterns, of these the first; groups as they come."""
 
         experts: dict | None = None  # {task or pattern with *: expert, from 0}; None: one a group of tasks
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
         given = options_of("router", config, FixedRouter).experts
-        chosen = _by_group(tasks) if given is None else [_by_pattern(task, given) for task in tasks]
+        chosen = _by_group(tasks) if given is None else _by_pattern(tasks, given)
         for task, expert in zip(tasks, chosen, strict=True):
             if type(expert) is not int or not 0 <= expert < config.num_experts:
                 key = "num_experts" if given is None else "router_options.experts"
@@ -72,11 +73,24 @@ def _by_group(tasks: TaskTable) -> list[int]:
     return [order[str(task.group)] for task in tasks]
 
 
-def _by_pattern(task: Task, experts: dict) -> int:
+def _by_pattern(tasks: TaskTable, given: dict) -> list[int]:
+    experts = {str(pattern): expert for pattern, expert in given.items()}
+    for pattern in experts:
+        if not any(pattern == name or fnmatchcase(name, pattern) for name in tasks.names):
+            near = difflib.get_close_matches(pattern, tasks.names, n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"moe.router_options.experts: {pattern!r} matches no task; the nearest of {len(tasks)} is "
+                f"{near!r}"
+            )
+    return [_of_task(name, experts) for name in tasks.names]
+
+
+def _of_task(name: str, experts: dict[str, int]) -> int:
+    if name in experts:  # a name may look like a pattern: sum[1]
+        return experts[name]
     for pattern, expert in experts.items():
-        if fnmatchcase(task.name, str(pattern)):
+        if fnmatchcase(name, pattern):
             return expert
     raise ConfigError(
-        f"moe.router_options.experts: {', '.join(map(str, experts))}: none matches task {task.name!r}; "
-        "give it an expert"
+        f"moe.router_options.experts: {', '.join(experts)}: none matches task {name!r}; give it an expert"
     )

@@ -37,6 +37,10 @@ def test_the_fixed_router_by_pattern_and_by_group():
     [
         ({}, "moe.router_options.experts: none given, and task 'sort' is in no group"),
         ({"experts": {"so*": 0, "sum": 1}}, r"moe.router_options.experts: so\*, sum: none matches task"),
+        (
+            {"experts": {"sotr": 0, "*": 1}},
+            "moe.router_options.experts: 'sotr' matches no task; the nearest of 3 is 'sort'",
+        ),
         ({"experts": {"*": 3}}, "moe.router_options.experts: 3: task 'sort' needs expert 3, .* 0 to 2"),
         ({"experts": {"*": "a"}}, "moe.router_options.experts: a: task 'sort' needs expert 'a'"),
     ],
@@ -45,6 +49,17 @@ def test_a_task_without_an_expert_is_an_error(settings, message, tiny):
     config = TaskMoEConfig(num_experts=3, router="fixed", gate="raw", router_options=settings)
     with pytest.raises(ConfigError, match=message):
         attach(tiny("llama"), config, ["sort", "sum", "translate"], dry_run=False)
+
+
+def test_a_name_counts_before_patterns():
+    tasks = TaskTable.from_names(["sum", "sum1", "sum[1]"])
+    for experts, expected in (
+        ({"*": 0, "sum[1]": 2, "sum": 1}, [1, 0, 2]),
+        ({"sum[1]": 2, "sum": 1, "*": 0}, [1, 2, 2]),  # as a pattern it matches sum1
+    ):
+        config = TaskMoEConfig(num_experts=3, router="fixed", router_options={"experts": experts})
+        router = ROUTERS["fixed"](config, ["model"], tasks, 0)
+        assert router(torch.arange(3), None)[0, :, 0].argmax(-1).tolist() == expected
 
 
 def test_random_routes_belong_to_the_task_whatever_the_table():

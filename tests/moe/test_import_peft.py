@@ -58,6 +58,14 @@ def test_each_lora_is_pefts(saved, tiny, close):
             close(out[i : i + 1], theirs)
 
 
+def test_some_of_the_loras_as_tasks(saved, tiny):
+    folders = saved()
+    model = import_peft(tiny("llama"), folders, tasks=["copy", "sort"])
+    assert model.routing.router.route_TE.argmax(-1).tolist() == [2, 0]
+    with pytest.raises(ConfigError, match="'sort' matches no task; the nearest of 1 is 'other'"):
+        import_peft(tiny("llama"), folders, tasks=["other"])
+
+
 def test_conv1d_too(saved, tiny, close):
     folders = saved({"a": {"r": 2, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}}, "gpt2")
     model = import_peft(tiny("gpt2"), folders).eval()
