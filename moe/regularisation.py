@@ -104,7 +104,8 @@ class Penalties:
 
     def of_routing(self, routed: Routed) -> Tensor:
         """The weighed sum of the terms of routing: a scalar."""
-        total = routed.logits_STHE.new_zeros(())
+        # Of the logits, so that its gradient is zero, and no error, where a phase's gate makes it constant.
+        total = (routed.logits_STHE * 0).sum()
         for name, term in self.routing.items():
             total = total + self._weighed(name, term.value(routed))
         return total

@@ -115,6 +115,16 @@ def test_the_gradient_is_that_of_central_differences(name, settings, tiny, shake
         assert abs(float(gradient[i])) > 1e-6
 
 
+def test_a_phase_with_uniform_gates_has_a_gradient_of_zero(tiny, shaken):
+    model = made(tiny, shaken, regularisers={"window_balance": 1.0, "entropy": -1.0})
+    model.use_gate("uniform")
+    value = penalty(model, [0, 1])
+    value.backward()
+    assert value.item() == pytest.approx(1 - math.log(4))
+    gradient = model.routing.router.logits_STHE.grad
+    assert gradient is not None and not gradient.any()
+
+
 def window(model, tasks):
     model.zero_grad()
     penalty(model, tasks).backward()
