@@ -35,7 +35,8 @@ def kl_distances(z_MR: Tensor, weights_TM: Tensor, eps: float) -> tuple[Tensor, 
         z_MR: [M, R]. weights_TM: [T, M], 1 where a row belongs to a task and counts.
 
     Returns:
-        [T, T] distances, and [T] bool, the tasks that have rows.
+        [T, T] distances, and [T] bool, the tasks that have two rows or more: one has no variance, and eps in
+        its place would drown all other pairs.
     """
     counts_T = weights_TM.sum(1)
     shares_TM = weights_TM / counts_T.clamp_min(1).unsqueeze(1)
@@ -47,11 +48,12 @@ def kl_distances(z_MR: Tensor, weights_TM: Tensor, eps: float) -> tuple[Tensor, 
     ratio_TTR = var_TR.unsqueeze(1) * inverse_TR.unsqueeze(0)
     both_TTR = inverse_TR.unsqueeze(1) + inverse_TR.unsqueeze(0)
     terms_TTR = ratio_TTR + ratio_TTR.transpose(0, 1) - 2 + gaps_TTR * both_TTR
-    return terms_TTR.sum(-1) / 4, counts_T > 0
+    return terms_TTR.sum(-1) / 4, counts_T > 1
 
 
 def mmd_distances(z_MR: Tensor, weights_TM: Tensor, bandwidths: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Squared maximum mean discrepancies (biased) under a sum of Gaussian kernels; as :func:`kl_distances`.
+    """Squared maximum mean discrepancies (biased) under a sum of Gaussian kernels; as :func:`kl_distances`,
+    but a task is there from one row on.
     """
     counts_T = weights_TM.sum(1)
     shares_TM = weights_TM / counts_T.clamp_min(1).unsqueeze(1)

@@ -160,6 +160,16 @@ def test_distances_of_one_distribution_are_zero_and_absent_tasks_are_left_out(di
     assert torch.allclose(found, found.T)
 
 
+def test_a_task_of_one_row_has_no_variance_and_is_left_out_of_kl(tiny, batch, shaken, gradients):
+    z = torch.randn(5, 3, dtype=torch.float64)
+    weights = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).double()
+    assert kl_distances(z, weights, EPS)[1].tolist() == [True, False, True]
+    assert mmd_distances(z, weights, BANDWIDTHS)[1].tolist() == [True, True, True]
+    model = made(tiny, shaken, "bert", {"alignment": 1.0})  # to the pooler a sequence is one row
+    gradients(model, model(**batch("bert", [2, 0, 1, 0, 2])).pooler_output.square().mean())
+    assert 0 < float(model.penalties.read()["alignment"][0]) < 100
+
+
 def test_mmd_looks_at_evenly_spaced_rows(tiny, batch, shaken, gradients):
     few = {"weight": 1.0, "distance": "mmd", "max_rows": 10}
     model = made(tiny, shaken, "llama", {"alignment": few})
