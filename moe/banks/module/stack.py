@@ -73,7 +73,7 @@ class ModuleStack(Bank):
     ) -> Any:
         """What ``body`` makes of the arguments with the experts, which it runs as it likes.
 
-        Under ZeRO-3 the parameters are whole in here alone, and on all ranks as many tensors must come and go:
+        Under ZeRO-3 the parameters are whole in here alone, and on all ranks as many tensors come and go:
         so what is cut up by the choices of a rank's tasks is cut up, and put together again, inside.
 
         Args:
