@@ -132,6 +132,17 @@ class Context:
         """``x`` unchanged; in the backward pass regulariser ``name``, here ``value``, joins the loss."""
         return x if self.penalties is None else self.penalties.add(x, name, value)
 
+    def text_rows(self, plan: Plan, name: str, like: Tensor) -> Tensor:
+        """[M], one for a row of module ``name``, zero for padding; dtype and device of ``like``.
+
+        Padding is known where the model was given an attention mask [B, L] and the rows are its positions;
+        in an encoder-decoder that is the encoder.
+        """
+        inside = self.mask_part is None or self.mask_part in name.split(".")
+        if self.mask is not None and inside and self.mask.numel() == plan.rows:
+            return self.mask.reshape(-1).to(like.device, like.dtype)
+        return torch.ones(plan.rows, dtype=like.dtype, device=like.device)
+
     def plan(self, lead: torch.Size | Sequence[int], name: str) -> Plan:
         """The Plan of a tensor whose leading shape is ``lead`` (rows are sequence-major).
 

@@ -49,11 +49,8 @@ class _Penalty(torch.autograd.Function):
 
 
 def rows_of(context: Context, plan: Plan, name: str, like: Tensor) -> Rows:
-    """The rows of module ``name``, with weights in the dtype and on the device of ``like``.
-
-    Padding is known where the model was given an attention mask [B, L] and the rows are its positions; in an
-    encoder-decoder that is the encoder.
-    """
+    """The rows of module ``name``, with weights in the dtype and on the device of ``like``: see
+    :meth:`taskmoe.moe.context.Context.text_rows`."""
     device = like.device
     if context.packed:
         lengths = torch.tensor([b - a for a, b in zip(plan.offsets, plan.offsets[1:], strict=False)])
@@ -61,10 +58,5 @@ def rows_of(context: Context, plan: Plan, name: str, like: Tensor) -> Rows:
     else:
         sequences = context.num_sequences
         each = torch.arange(plan.rows, device=device) // max(1, plan.rows // sequences)
-    mask = context.mask
-    inside = context.mask_part is None or context.mask_part in name.split(".")
-    if mask is not None and inside and mask.numel() == plan.rows:
-        weights_M = mask.reshape(-1).to(device, like.dtype)
-    else:
-        weights_M = torch.ones(plan.rows, dtype=like.dtype, device=device)
+    weights_M = context.text_rows(plan, name, like)
     return Rows(context.tasks, plan.row_tasks(device), sequences, each, weights_M)

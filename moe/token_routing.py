@@ -26,6 +26,7 @@ class TokenRouting(nn.Module):
         method = TOKEN_ROUTERS[config.router]
         dim = vector_size(config, tasks) if "representation" in method.uses else 0
         self.router = method(config, d_in, tasks, dim)
+        self.router.name = name
         self.gate, self.top_k, self.name = GATES[config.gate], config.top_k, name
         self.gate_options = options_of("gate", config, self.gate)
         self.num_experts = config.num_experts

@@ -502,6 +502,21 @@ def test_the_bias_follows_the_choices_of_a_whole_step(build, inputs):
     assert torch.equal(router.bias_E, before + 1e-5 * torch.sign(both.mean() - both)), "no rows, no change"
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_padding_is_not_counted(kind, build, inputs):
+    """As far as it is known: the mask is the encoder's, though the decoder has as many positions here."""
+    model, batch = build("ranks", kind).train(), inputs("ranks", kind=kind)
+    batch["attention_mask"][0, 4:] = 0
+    batch["attention_mask"][2, 7:] = 0
+    if kind == "t5":
+        batch["decoder_input_ids"] = batch["input_ids"].clone()
+    model(**batch)
+    for layer in (m for m in model.modules() if isinstance(m, MoELinear)):
+        # In a decoder the mask is not known, not even where keys and values of the encoder's rows are made.
+        counted = batch["input_ids"].numel() if "decoder" in layer.name else batch["attention_mask"].sum()
+        assert layer.token_routing.router.count_E.sum() == 2 * counted, layer.name
+
+
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_the_bias_is_the_same_under_checkpointing(mode, build, inputs, checkpoint):
     found = []
