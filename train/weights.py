@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from taskmoe.moe import StateError, TaskMoEModel
+from taskmoe.moe.banks.base import Bank
 
 BASE_WEIGHTS = "base_model.safetensors"  # in a checkpoint, where the base is not a model of the hub
 
@@ -90,13 +91,18 @@ def refresh_saved_modules(model: TaskMoEModel) -> None:
 
 
 def fresh_weights(model: TaskMoEModel, groups: Sequence[str]) -> dict[str, Tensor]:
-    """Copies of the parameters of some groups of a model that was just built."""
-    return {n: p.detach().clone() for g in groups for n, p in model.parameter_groups()[g]}
+    """Copies of what training moves in some groups of a model that was just built: parameters, and buffers
+    that a bank counts among them (not those that were given to it)."""
+    fresh = {n: p.detach().clone() for g in groups for n, p in model.parameter_groups()[g]}
+    for prefix, bank in model.named_modules():
+        if isinstance(bank, Bank) and bank.kind in groups:
+            fresh.update({f"{prefix}.{n}": bank.get_buffer(n).clone() for n in bank.moving})
+    return fresh
 
 
 def start_anew(model: TaskMoEModel, fresh: dict[str, Tensor], groups: Sequence[str]) -> None:
     """Copy :func:`fresh_weights` back; copies of the base's modules start from the base as it is now."""
-    own = dict(model.named_parameters())
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, value in fresh.items():
             own[name].copy_(value)

@@ -23,7 +23,8 @@ class Bank(nn.Module):
 
     kind: their group for the optimiser. splits: whether they go through ``gate.split``, so that one backward
     pass gives each task's gradient. task_dims: the axis of the tasks of each parameter that has one. Its
-    persistent buffers are saved with the adapter.
+    persistent buffers are saved with the adapter. moving: those that training moves, as no optimiser does: a
+    phase that starts the bank's group anew starts them too.
     """
 
     kind: ClassVar[str] = "experts"  # or router
@@ -31,6 +32,7 @@ class Bank(nn.Module):
     frozen: bool = False  # it never trains, whatever a phase trains
     weighs_all: ClassVar[bool] = False  # a further expert changes the rest, even with a gate of zero
     task_dims: ClassVar[dict[str, int]] = {}
+    moving: ClassVar[tuple[str, ...]] = ()
 
     def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Called once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""

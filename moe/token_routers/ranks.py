@@ -27,7 +27,7 @@ class RanksRouter(Bank):
 
     With experts of rank 1 each expert is one rank of a LoRA of rank E, and ``lora_alpha`` is the paper's
     alpha / k. The bias chooses and does not gate. After each optimiser step, from the choices of all its
-    rows but padding: bias += bias_step * sign(mean count - count).
+    rows but padding, while the router trains: bias += bias_step * sign(mean count - count).
 
     weight_E1K: [E, 1, K] float32, uniform in +-1 / sqrt(K). bias_E: [E], a buffer saved with the adapter.
     """
@@ -36,6 +36,7 @@ class RanksRouter(Bank):
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True
     gates: ClassVar[tuple[str, ...]] = ("raw",)  # what it gives are gates
+    moving: ClassVar[tuple[str, ...]] = ("bias_E",)
     name: str = ""  # the layer's
     bias_E: Tensor
     count_E: Tensor
@@ -67,7 +68,7 @@ class RanksRouter(Bank):
         slots_Mk = torch.topk(p_ME.detach() + self.bias_E, self.options.top_k, dim=1).indices
         chosen_ME = torch.zeros_like(p_ME).scatter_(1, slots_Mk, 1.0)
         # Under checkpointing some choices are seen twice, but then all are: the sign does not change.
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.weight_E1K.requires_grad:
             text_M = context.text_rows(plan, self.name, chosen_ME)
             self.count_E += (text_M[:, None] * chosen_ME).sum(0)  # a product of matrices may round
         kept_ME = p_ME * chosen_ME

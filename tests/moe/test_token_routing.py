@@ -517,6 +517,17 @@ def test_padding_is_not_counted(kind, build, inputs):
         assert layer.token_routing.router.count_E.sum() == 2 * counted, layer.name
 
 
+def test_the_bias_stands_still_while_the_router_is_frozen(build, inputs):
+    model = build("ranks").train()
+    before = [m.bias_E.clone() for m in model.modules() if hasattr(m, "bias_E")]
+    for groups, moves in ((["experts"], False), (["experts", "router"], True)):
+        model.set_trainable(groups)
+        model(**inputs("ranks"))
+        model.after_step(lambda t: t)
+        after = [m.bias_E for m in model.modules() if hasattr(m, "bias_E")]
+        assert moves != all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_the_bias_is_the_same_under_checkpointing(mode, build, inputs, checkpoint):
     found = []

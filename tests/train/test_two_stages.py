@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -156,3 +157,23 @@ def test_copies_of_modules_start_from_the_base_as_it_is_now():
     for e in range(2):
         for name, value in layer.stack.expert(e).items():
             assert torch.equal(value, layer.original.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "buffer", "anew"),
+    [("ranks", {"top_k": 2}, "bias_E", True), ("token_cluster", {"dim": 5}, "centroids_ED", False)],
+)
+def test_what_a_router_has_counted_starts_anew_and_what_it_was_given_stays(router, options, buffer, anew):
+    llama = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)  # fmt: skip
+    moe = TaskMoEConfig(r=1, num_experts=4, router=router, gate="raw", router_options=options)
+    model = attach(LlamaForCausalLM(llama), moe, 2)
+    fresh, experts = fresh_weights(model, ["router"]), fresh_weights(model, ["experts"])
+    moved = {n: b for n, b in model.named_buffers() if n.endswith(buffer)}
+    assert moved
+    for b in moved.values():
+        b.fill_(3.0)
+    start_anew(model, experts, ["experts"])
+    assert all((b == 3.0).all() for b in moved.values())
+    start_anew(model, fresh, ["router"])
+    assert all(torch.equal(b, torch.full_like(b, 0.0 if anew else 3.0)) for b in moved.values())
