@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from taskmoe.moe import TaskMoEConfig, attach
+from taskmoe.moe import ConfigError, TaskMoEConfig, attach
 from taskmoe.moe.regularisers.alignment import BANDWIDTHS, kl_distances, mmd_distances
+from taskmoe.moe.regularisers.kinds import read_regularisers
 
 TASKS = ["a", "b", "c"]
 PLAIN = {"router": "none", "gate": "uniform", "num_experts": 1, "r": 4}  # one LoRA
@@ -168,6 +169,23 @@ def test_a_task_of_one_row_has_no_variance_and_is_left_out_of_kl(tiny, batch, sh
     model = made(tiny, shaken, "bert", {"alignment": 1.0})  # to the pooler a sequence is one row
     gradients(model, model(**batch("bert", [2, 0, 1, 0, 2])).pooler_output.square().mean())
     assert 0 < float(model.penalties.read()["alignment"][0]) < 100
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"distance": "kl", "max_rows": 10}, "max_rows: has no effect with distance: kl"),
+        ({"bandwidths": [1.0]}, "bandwidths: has no effect with distance: kl"),
+        ({"distance": "mmd", "eps": 1e-6}, "eps: has no effect with distance: mmd"),
+        ({"distance": "mmd", "max_rows": 1}, "max_rows: 1 must be at least 2"),
+        ({"distance": "mmd", "bandwidths": []}, "bandwidths: .* must be numbers above 0"),
+        ({"eps": 0.0}, "eps: 0.0 must be above 0"),
+    ],
+)
+def test_options_of_the_other_distance_are_an_error(options, key):
+    config = TaskMoEConfig.from_dict({**PLAIN, "regularisers": {"alignment": {"weight": 1.0, **options}}})
+    with pytest.raises(ConfigError, match=f"moe.regularisers.alignment.{key}"):
+        read_regularisers(config)
 
 
 def test_mmd_looks_at_evenly_spaced_rows(tiny, batch, shaken, gradients):
