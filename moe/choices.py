@@ -41,10 +41,23 @@ def choices_in_use(config: TaskMoEConfig) -> dict[str, Any]:
     return chosen
 
 
+def keys_read(config: TaskMoEConfig) -> set[str]:
+    """The flat keys that the choices in use read.
+
+    A choice may say in ``idle``, {(option, value): keys}, which of them it leaves unread with that option.
+    """
+    read: set[str] = set()
+    for seam, method in choices_in_use(config).items():
+        options = getattr(config, f"{seam}_options") or {}
+        idle = getattr(method, "idle", {}).items()
+        read |= set(method.uses) - {key for (name, v), keys in idle if options.get(name) == v for key in keys}
+    return read
+
+
 def ignored(config: TaskMoEConfig) -> dict[str, str]:
     """{key: why it has no effect} of the keys that no choice in use reads."""
     chosen = choices_in_use(config)
-    used = {key for method in chosen.values() for key in method.uses}
+    used = keys_read(config)
     used |= {f"{seam}_options" for seam, method in chosen.items() if default_options(method)}
     found = {}
     for field in dataclasses.fields(config):
@@ -57,8 +70,13 @@ def ignored(config: TaskMoEConfig) -> dict[str, str]:
 
 def _reason(key: str, config: TaskMoEConfig) -> str:
     readers = [f"{seam} {name}" for seam, name in readers_of(key)]
-    chosen = ", ".join(f"moe.{seam} is {getattr(config, seam)!r}" for seam in SEAMS)
+    chosen = ", ".join(f"moe.{seam} is {_with_options(config, seam)}" for seam in SEAMS)
     return f"{chosen}; it belongs to {', '.join(readers) or 'none of the choices'}"
+
+
+def _with_options(config: TaskMoEConfig, seam: str) -> str:
+    options = getattr(config, f"{seam}_options")
+    return f"{getattr(config, seam)!r}" + (f" with {options}" if options else "")
 
 
 def readers_of(key: str) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ logits for a method that is ``noisy``, while it trains; None: none, as in evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ Gated = tuple[Tensor, Tensor | None]
 class GateMethod:
     """One way to gate.
 
-    uses: the settings it reads. noisy: whether it takes noise in training. Options: a dataclass of settings
-    of its own. soft: what its values are before they are rounded or cut to k experts, ``(logits, temperature,
-    noise, options) -> [..., E]`` of 0 or more; None: the values, which say that themselves.
+    uses: the settings it reads; idle: {(option, value): those it leaves unread with that option}. noisy:
+    whether it takes noise in training. Options: a dataclass of settings of its own. soft: what its values are
+    before they are rounded or cut to k experts, ``(logits, temperature, noise, options) -> [..., E]`` of 0 or
+    more; None: the values, which say that themselves.
     """
 
     function: Callable[..., Gated]
     uses: tuple[str, ...] = ("router_temperature",)
+    idle: Mapping[tuple[str, Any], tuple[str, ...]] = field(default_factory=dict)
     noisy: bool = False
     Options: type | None = None
     soft: Callable[..., Tensor] | None = None
@@ -129,7 +131,9 @@ def with_gate(config: TaskMoEConfig, name: str) -> TaskMoEConfig:
 
 GATES: dict[str, GateMethod] = {
     "softmax": GateMethod(softmax),
-    "sigmoid": GateMethod(sigmoid, Options=SigmoidOptions),
+    "sigmoid": GateMethod(
+        sigmoid, idle={("normalise", "l2"): ("router_temperature",)}, Options=SigmoidOptions
+    ),
     "bernoulli": GateMethod(bernoulli, noisy=True, Options=BernoulliOptions, soft=bernoulli_odds),
     "gumbel": GateMethod(gumbel, noisy=True),
     "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True, soft=_soft),

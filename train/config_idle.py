@@ -124,8 +124,8 @@ def _following(config: Config) -> Iterator[Rule]:
 
 
 def _phase(config: Config, i: int) -> Iterator[Rule]:
-    from taskmoe.moe.choices import choices_in_use
-    from taskmoe.moe.gates import GATES
+    from taskmoe.moe.choices import choices_in_use, keys_read
+    from taskmoe.moe.gates import GATES, with_gate
 
     phase, here = config.phases[i], f"phases.{i}"
     moe, chosen = config.moe, choices_in_use(config.moe)
@@ -142,12 +142,13 @@ def _phase(config: Config, i: int) -> Iterator[Rule]:
     yield embedding, not _trains(chosen.get("representation")), frozen
     yield f"{here}.gate", not phase.adapters, f"{here}.adapters is false"
     yield f"{here}.gate", "gate" not in chosen, f"moe.bank {moe.bank!r} takes no gates"
-    now = {**chosen, "gate": GATES.get(phase.gate)} if phase.gate in GATES and "gate" in chosen else chosen
-    cold = not any("router_temperature" in method.uses for method in now.values())
+    gated = phase.gate in GATES and "gate" in chosen
+    cold = "router_temperature" not in keys_read(with_gate(moe, str(phase.gate)) if gated else moe)
     key, gate = ("moe", moe.gate) if phase.gate is None else (here, phase.gate)
+    options = f" with {moe.gate_options}" if moe.gate_options and not gated else ""
     for name in ("router_temperature", "router_temperature_schedule"):
         yield f"{here}.{name}", not phase.adapters, f"{here}.adapters is false"
-        yield f"{here}.{name}", cold, f"{key}.gate is {gate!r}"
+        yield f"{here}.{name}", cold, f"{key}.gate is {gate!r}{options}"
     constant = phase.router_temperature is None
     yield f"{here}.router_temperature_schedule", constant, f"{here}.router_temperature is not set"
     yield f"{here}.reinit", i == 0, "the first phase starts from fresh weights in any case"

@@ -48,6 +48,11 @@ class Sparsity(OfRouting):
                 f"moe.regularisers.sparsity: gate {config.gate!r} has no L1 norm to lower; use a gate out of "
                 f"{', '.join(self.gates)}, or the regulariser entropy"
             )
+        if (config.gate_options or {}).get("normalise") == "l2":
+            raise ConfigError(
+                "moe.regularisers.sparsity: gate_options.normalise: l2 takes no sigmoid, so there is no L1 "
+                "norm to lower; use normalise: sum or sqrt"
+            )
 
     def value(self, routed: Routed) -> Tensor:
         return torch.sigmoid(routed.logits_STHE / routed.temperature).sum(-1).mean()

@@ -39,6 +39,7 @@ data:
   skill_gym: {}
 max_steps: 10
 """
+L2 = "compose: before, gate: sigmoid, gate_options: {normalise: l2}"
 
 
 @pytest.fixture
@@ -413,6 +414,8 @@ def test_explicit_mixing_through_datasets(write) -> None:
         ),
         ("moe: {router: random_tasks, gate: raw}\nrouter_learning_rate: 1", "router_learning_rate"),
         ("moe: {router: fixed, gate: raw, router_temperature: 2}", "moe.router_temperature"),
+        (f"moe: {{{L2}, router_temperature: 2}}", "moe.router_temperature"),
+        (f"moe: {{{L2}}}\nphases: [{{router_temperature: [2, 1]}}]", "phases.0.router_temperature"),
         (
             "moe: {router: fixed, gate: raw}\nphases: [{router_temperature: [2, 1]}]",
             "phases.0.router_temperature",
@@ -440,6 +443,11 @@ def test_keys_without_effect(write, text: str, key: str) -> None:
     message = fails(load, write(BASE + text))
     assert any(f": {k}: has no effect: " in message for k in key.split("|")), message
     assert "null" in message
+
+
+def test_what_one_option_makes_idle_another_gate_of_a_phase_may_read(write) -> None:
+    text = BASE + f"moe: {{{L2}}}\nphases: [{{gate: sigmoid, router_temperature: [2, 1]}}]"
+    assert load(write(text)).phases[0].router_temperature == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -664,3 +672,15 @@ def test_comments_of_fields() -> None:
     comments = field_comments(module)
     assert comments["MixingConfig", "max_epochs"] == "strategy: unimax"
     assert ("Config", "seed") not in comments
+
+
+def test_files_lie_beside_the_yaml(tmp_path: Path, write) -> None:
+    (tmp_path / "vectors.json").write_text('{"a": [1.0, 2.0]}')
+    moe = "moe: {router: task_mlp, representation: frozen, representation_options: {path: vectors.json}}"
+    options = load(write(BASE + moe)).moe.representation_options
+    assert options == {"path": str(tmp_path / "vectors.json")}
+
+
+def test_a_scope_that_the_router_ignores(write) -> None:
+    message = fails(load, write(BASE + "moe: {router: none, gate: uniform, router_scope: layer}"))
+    assert "moe.router_scope: has no effect: " in message

@@ -14,6 +14,7 @@ from taskmoe.moe.regularisers.kinds import read_regularisers
 from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions
 
 TASKS = ["a", "b", "c", "d"]
+L2 = {"gate": "sigmoid", "gate_options": {"normalise": "l2"}}
 ROUNDED = (  # their values have no slope of their own
     {"gate": "one_hot"},
     {"gate": "gumbel_one_hot"},
@@ -217,6 +218,7 @@ def test_shares_sum_to_one_whatever_the_gate(gate, tiny, shaken):
         ({"window_balance": {"weight": 1, "decay": "x"}}, {}, "moe.regularisers.window_balance.decay: 'x'"),
         ({"window_balance": {"weight": 1, "decay": 1.0}}, {}, "moe.regularisers.window_balance.decay: 1.0"),
         ({"sparsity": 1.0}, {}, "moe.regularisers.sparsity: gate 'softmax' has no L1 norm"),
+        ({"sparsity": 1.0}, L2, "moe.regularisers.sparsity: gate_options.normalise: l2 takes no sigmoid"),
         ({"orthogonality": {"weight": 1, "factor": "C"}}, {}, "moe.regularisers.orthogonality.factor: 'C'"),
         ({"token_balance": 1}, {"router": "token_linear"}, "moe.regularisers.token_balance: gate 'softmax'"),
         ({"alignment": {"weight": 1, "distance": "l2"}}, {}, "moe.regularisers.alignment.distance: 'l2'"),
