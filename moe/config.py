@@ -25,25 +25,25 @@ class TaskMoEConfig:
     """
 
     r: int = 4  # rank of one expert; rank-1 experts are r = 1
-    num_experts: int = 8
+    num_experts: int = 8  # beside each linear, or copies of each module
     lora_alpha: float | None = None  # None: r, so that the scale is 1
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.0  # of the rows that experts read
     bank: str = "low_rank"  # what the experts are
     bank_options: dict | None = None  # of the bank, for example {of: ffn}
     compose: str = "after"  # after: gate the experts' outputs; before: average their parameters (Poly)
     num_heads: int = 1  # > 1: one routing row per block of the features (MHR); needs compose: before
     representation: str = "learned"  # what a router that takes one knows of a task
-    representation_options: dict | None = None
-    router: str = "task_table"
-    router_options: dict | None = None
+    representation_options: dict | None = None  # of the representation, for example {path: vectors.json}
+    router: str = "task_table"  # what turns a task, or a token, into logits over experts
+    router_options: dict | None = None  # of the router, for example {cell: gru}
     router_scope: str = "linear"  # linear | layer | stack | model: which layers share one routing
-    router_init_std: float = 1e-3
+    router_init_std: float = 1e-3  # of logits at the start; 1.0: tasks start apart
     task_embedding_dim: int = 64  # representation: learned
     router_hidden_dim: int = 64  # routers with a hidden layer
-    gate: str = "softmax"
-    gate_options: dict | None = None
+    gate: str = "softmax"  # what turns logits into how much of each expert
+    gate_options: dict | None = None  # of the gate, for example {normalise: l2}
     top_k: int | None = None  # gate: top_k
-    router_temperature: float = 1.0
+    router_temperature: float = 1.0  # what logits are divided by
     regularisers: dict | None = None  # {name: weight, or its options, for example {z_loss: 0.001}}
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: str | tuple[str, ...] | None = None

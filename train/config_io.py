@@ -32,7 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree, origins = _read(Path(path), ())
     config_overrides.apply(tree, origins, overrides)
     config = Decoder(origins).decode(Config, tree, "")
-    config = _locate_deepspeed(config, Path(path))
+    config = _locate(config, Path(path))
     validate(config, origins)
     return config
 
@@ -97,12 +97,21 @@ def _merge(base: dict[str, Any], over: dict[str, Any], below: Origins, above: Or
         below.update({p: at for p, at in above.items() if p == here or p.startswith(here + ".")})
 
 
-def _locate_deepspeed(config: Config, path: Path) -> Config:
-    """A DeepSpeed file may be given from where the program runs or from where the YAML lies."""
-    if config.deepspeed is None or Path(config.deepspeed).is_file():
-        return config
-    beside = path.parent / config.deepspeed
-    return dataclasses.replace(config, deepspeed=str(beside)) if beside.is_file() else config
+def _locate(config: Config, path: Path) -> Config:
+    """Files may be given from where the program runs or from where the YAML lies: DeepSpeed's, and vectors of
+    tasks."""
+    options = config.moe.representation_options or {}
+    given = {"deepspeed": config.deepspeed, "path": options.get("path")}
+    found = {
+        key: str(path.parent / name)
+        for key, name in given.items()
+        if isinstance(name, str) and not Path(name).is_file() and (path.parent / name).is_file()
+    }
+    if "path" in found:
+        vectors = {**options, "path": found["path"]}
+        moe = dataclasses.replace(config.moe, representation_options=vectors)
+        config = dataclasses.replace(config, moe=moe)
+    return dataclasses.replace(config, deepspeed=found.get("deepspeed", config.deepspeed))
 
 
 def _plain(value: Any, path: str, idle: dict[str, str]) -> Any:

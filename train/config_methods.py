@@ -35,7 +35,8 @@ def check_moe(config: Config, check: Decoder) -> None:
             if phase.gate is not None:
                 check_settings(with_gate(config.moe, phase.gate))
         except ConfigError as error:
-            raise check.fail(f"phases.{i}.gate", str(error).partition(": ")[2]) from error
+            key, _, message = str(error).partition(": ")
+            raise check.fail(f"phases.{i}.gate", message if key == "moe.gate" else str(error)) from error
 
 
 def check_balancing(config: Config, check: Decoder) -> None:

@@ -190,11 +190,6 @@ def scatter_sum(tensor: torch.Tensor) -> torch.Tensor:
     return result.to(tensor.device)
 
 
-def any_rank(flag: bool) -> bool:
-    """True on every rank when `flag` is true on at least one. A collective: all ranks must call it."""
-    return bool(all_max(torch.tensor([int(flag)])).item())
-
-
 def broadcast_object(value: Value, source: int = 0) -> Value:
     """Rank `source`'s `value` (picklable) on every rank."""
     if not _several():

@@ -17,7 +17,7 @@ USAGE: dict[str, str] = {
     "": """\
 usage: taskmoe COMMAND ...
 
-Train task-level mixtures of low-rank experts.
+Train task-level mixtures of experts. configs/methods/ holds the methods of the literature, a file each.
 
   train CFG.yaml    train a model
   eval RUN          score a trained run

@@ -26,7 +26,7 @@ class FixedRouter(nn.Module):
     gate is ``raw``.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope")
+    uses: ClassVar[tuple[str, ...]] = ("num_experts",)
     task_dims: ClassVar[dict[str, int]] = {}
     gates: ClassVar[tuple[str, ...]] = ("raw",)
     trains: ClassVar[bool] = False

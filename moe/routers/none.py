@@ -15,7 +15,7 @@ from taskmoe.moe.tasks import TaskTable
 class NoRouter(nn.Module):
     """No parameters: logits of zero for every expert (with gate: uniform)."""
 
-    uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope")
+    uses: ClassVar[tuple[str, ...]] = ("num_experts",)
     task_dims: ClassVar[dict[str, int]] = {}
     trains: ClassVar[bool] = False
     zero: Tensor

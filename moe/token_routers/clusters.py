@@ -54,6 +54,11 @@ class TokenClusterRouter(Bank):
         cluster_scale: float = 4.0  # of the similarities to centroids; 0: the token alone
         speed: float = 100.0  # of the two mixing scalars
 
+        def __post_init__(self) -> None:
+            if self.dim < 1 or not self.speed > 0:
+                key, found = ("dim", self.dim) if self.dim < 1 else ("speed", self.speed)
+                raise ConfigError(f"moe.router_options.{key}: {found} must be above 0")
+
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
         self.options = options_of("router", config, type(self))

@@ -352,7 +352,7 @@ def test_extends_that_lead_nowhere(write, text: str, message: str) -> None:
         ("surgery: {method: sum, way: fast}", "surgery.way: 'fast' is not one of auto, fused, separate"),
         ("surgery: {method: sum, max_tasks: 0}", "surgery.max_tasks: 0 is out of range"),
         ("surgery: {method: gradvac, refresh_every: 2}", "surgery.refresh_every: 2, but 'gradvac' has no"),
-        ("phases: [{gate: top_k}]", "phases.0.gate: None with gate 'top_k'; set both"),
+        ("phases: [{gate: top_k}]", "phases.0.gate: moe.top_k: None with gate 'top_k'; set both"),
         ("phases: [{gate: gumble}]", "phases.0.gate: 'gumble' is unknown; known are softmax"),
         ("moe: {router: fixed, gate: raw}\nphases: [{gate: softmax}]", "phases.0.gate: 'softmax' with"),
         ("surgery: {method: graddrop, scope: layer}", "surgery.scope: 'layer' has no effect on 'graddrop'"),

@@ -27,7 +27,6 @@ def test_alone_without_a_launcher_again_and_again(no_launcher):
             assert (ranks.rank, ranks.world_size, ranks.local_rank) == (0, 1, 0)
             assert ranks.is_main and ranks.owns_group and ranks.device.type in ("cpu", "cuda")
             assert torch.distributed.is_initialized()
-            assert distributed.any_rank(True) and not distributed.any_rank(False)
             assert distributed.gather_objects("x") == ["x"]
             assert distributed.broadcast_object({"a": 1}) == {"a": 1}
             assert distributed.exchange_failures("", 1.0) == {}
@@ -90,7 +89,6 @@ def talk(x):
         "ranks": distributed.init(),
         "sum": distributed.all_sum(torch.tensor([[x, float(rank)]], dtype=torch.float64)),
         "max": distributed.all_max(torch.tensor([rank, -rank])),
-        "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
         "gathered": distributed.gather_objects({"rank": rank}),
         "told": distributed.broadcast_object(("from", rank)),
         "failures": [distributed.exchange_failures("" if rank else f"é {i}", 1.0) for i in range(4)],
@@ -103,7 +101,6 @@ def test_two_ranks(spawn_ranks):
         assert (reply["ranks"].rank, reply["ranks"].world_size) == (rank, 2)
         assert reply["sum"].tolist() == [[0.5, 1.0]] and reply["sum"].dtype == torch.float64
         assert reply["max"].tolist() == [1, 0]
-        assert reply["any"] == [True, False]
         assert reply["gathered"] == [{"rank": 0}, {"rank": 1}]
         assert reply["told"] == ("from", 0)
         assert reply["failures"] == [{0: f"é {i}"} for i in range(4)]

@@ -61,10 +61,6 @@ class RawBundle:
                 yield row["prompt"]
                 yield row["target"]
 
-    def label_texts(self, task: int) -> list[str]:
-        """The labels of a task in the order of their ids; empty for a task without labels."""
-        return list(self.tasks[task].labels or ())
-
 
 def read_tasks(
     config: Config,

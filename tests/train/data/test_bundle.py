@@ -35,7 +35,6 @@ def test_tasks_stand_in_the_order_of_the_list(write: Write, configure: Configure
     assert column(raw, "train", 0, "accepted") == [["2"], ["3", "three"]]
     assert column(raw, "train", 1, "label") == ["neg", "pos"]
     assert list(raw.texts()) == ["1 1\n", "2", "1 2\n", "3", "bad\n", "neg", "good\n", "pos"]
-    assert (raw.label_texts(0), raw.label_texts(1)) == ([], ["neg", "pos"])
 
 
 def test_numbers_as_labels_are_sorted_as_numbers(write: Write, configure: Configure) -> None:
