@@ -19,12 +19,10 @@ from taskmoe.moe.attach import attach
 from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
+from taskmoe.moe.new_tasks import CLOSED, TABLE, is_open, row_of_new_tasks
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.state import TASKS, WEIGHTS, StateError, read_config
 from taskmoe.moe.tasks import TaskTable
-
-CLOSED = -1e4  # a logit whose gate is zero, whatever the temperature
-TABLE = "routing.router.logits_STHE"
 
 
 def grow(
@@ -40,7 +38,7 @@ def grow(
 
     The tasks that were there give what they gave: their gates on the new experts are zero. New experts start
     as the bank starts them (with nothing to add, where it is low-rank). A new task's row of a table follows
-    ``new_task_rows`` on the old experts, and starts at the mean of these on each new one.
+    ``new_task_rows`` on the old experts, and starts at the mean of those in use on each new one.
 
     Args:
         base_model: as it was when the adapter was attached.
@@ -73,7 +71,7 @@ def grow(
     if different:
         raise StateError(f"{folder / WEIGHTS}: {different[0]} is not in both; was another base model saved?")
     axes = task_dims(model)
-    rule = "mean" if after.new_task_rows == "nearest" else after.new_task_rows
+    rule = after.new_task_rows
     closed = [n for n, m in model.named_modules() if isinstance(m, Bank) and m.weighs_all]
     if closed and num_experts > before.num_experts:
         raise ConfigError(
@@ -96,9 +94,10 @@ def _table(new_STHF: Tensor, old_STHE: Tensor, rule: str) -> Tensor:
     grown[:, :T, :, :E] = old_STHE.to(grown)
     grown[:, :T, :, E:] = CLOSED
     if rule != "random":
-        row_SHE = old_STHE.mean(1) if rule == "mean" else torch.zeros_like(old_STHE[:, 0])
-        grown[:, T:, :, :E] = row_SHE.unsqueeze(1).to(grown)
-        grown[:, T:, :, E:] = row_SHE.mean(-1, keepdim=True).unsqueeze(1).to(grown)
+        row_S1HE = row_of_new_tasks(TABLE, old_STHE, 1, rule)  # 0 where no task may go
+        in_use_S1H1 = is_open(old_STHE).any(1, keepdim=True).sum(-1, keepdim=True).clamp_min(1)
+        grown[:, T:, :, :E] = row_S1HE.to(grown)
+        grown[:, T:, :, E:] = (row_S1HE.sum(-1, keepdim=True) / in_use_S1H1).to(grown)
     return grown
 
 
@@ -110,7 +109,7 @@ def _copy(name: str, p: Tensor, old: Tensor, axis: int | None, rule: str) -> Non
         fresh = p.narrow(axis, old.shape[axis], p.shape[axis] - old.shape[axis])
         others = [slice(0, size) for size in old.shape]
         others[axis] = slice(None)
-        fresh[tuple(others)] = old.mean(axis, keepdim=True).to(p) if rule == "mean" else 0.0
+        fresh[tuple(others)] = row_of_new_tasks(name, old, axis, rule).to(p)
     p[tuple(slice(0, size) for size in old.shape)] = old.to(p)
 
 

@@ -1,14 +1,37 @@
-"""A task that is added starts from one that was there: which rows are its own."""
+"""Where the rows of a task that is added start: at a rule's, or at those of one that was there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from taskmoe.moe.model import TaskMoEModel, task_dims
 
 OF_TASKS = ("experts", "router", "task_embedding")
+TABLE = "routing.router.logits_STHE"
+CLOSED = -1e4  # a logit of TABLE whose gate is zero, whatever the temperature
+
+
+def is_open(logits: Tensor) -> Tensor:
+    """Where a task may route to an expert at all; bool, the shape of ``logits``."""
+    return logits > CLOSED / 2
+
+
+def row_of_new_tasks(name: str, old: Tensor, axis: int, rule: str) -> Tensor:
+    """What tensor ``name`` holds for a new task, by its rows of known tasks: size 1 along ``axis``.
+
+    ``mean`` and ``nearest``: their mean (a run looks for the nearest once the adapter is whole). Of a table
+    of logits the mean of those that are open, 0 where all are closed: a closed one says that an expert came
+    after the task, not how well it serves. ``zero``: zeros.
+    """
+    if rule == "zero":
+        return torch.zeros_like(old.narrow(axis, 0, 1))
+    open_ = is_open(old)
+    if name != TABLE or open_.all():
+        return old.mean(axis, keepdim=True)
+    return torch.where(open_, old, 0.0).sum(axis, keepdim=True) / open_.sum(axis, keepdim=True).clamp_min(1)
 
 
 @torch.no_grad()

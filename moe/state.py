@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
+from taskmoe.moe.new_tasks import row_of_new_tasks
 from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.moe.representations.files import write_vectors
 from taskmoe.moe.tasks import TaskTable
@@ -120,21 +121,19 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
         if name in dims:
             # Buffers are given, not learned: rows of new tasks are there already.
             rule = model.moe_config.new_task_rows if isinstance(parameter, nn.Parameter) else "random"
-            values[name] = _grown(state[name], parameter, dims[name], rule)
+            values[name] = _grown(name, state[name], parameter, dims[name], rule)
     with torch.no_grad():  # only now: an error leaves the model as it was
         for name, parameter in own.items():
             parameter.copy_(values[name])
 
 
-def _grown(value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
+def _grown(name: str, value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:
     """``value`` with rows appended along ``axis`` up to the size of ``parameter``."""
     if value.shape[axis] == parameter.shape[axis]:
         return value
     new = parameter.detach().cpu().narrow(axis, value.shape[axis], parameter.shape[axis] - value.shape[axis])
-    if rule in ("mean", "nearest"):  # a run looks for the nearest once the adapter is whole
-        new = value.mean(axis, keepdim=True).expand_as(new)
-    elif rule == "zero":
-        new = torch.zeros_like(new)
+    if rule != "random":
+        new = row_of_new_tasks(name, value, axis, rule).expand_as(new)
     return torch.cat([value, new.to(value.dtype)], axis)
 
 

@@ -76,6 +76,30 @@ def test_a_new_expert_trains_without_the_others(library, tiny, tmp_path, close):
     assert torch.equal(logits(again, ["c", "a"]), logits(grown, ["c", "a"]))
 
 
+def open_mean(values):
+    kept = [float(v) for v in values if v > -5e3]
+    return sum(kept) / len(kept) if kept else 0.0
+
+
+@pytest.mark.parametrize("rule", ["mean", "nearest"])
+def test_a_library_that_grew_grows_again(rule, library, tiny, tmp_path):
+    """Routes that were closed when an expert came say nothing about it; one that nobody uses starts at 0."""
+    folder, _ = library(router="task_table", new_task_rows=rule)
+    once = grow(tiny("llama"), folder, 4, NEW)
+    start_task(once, "c", [0, 2], closed=-1e4)  # nobody is at expert 3
+    once.save_pretrained(tmp_path / "once")
+    more = TaskTable.from_names(["a", "b", "c", "d"])
+    twice = grow(tiny("llama"), tmp_path / "once", 5, more)
+    same = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "once", more)
+    old, new, loaded = (m.routing.router.logits_STHE.detach() for m in (once, twice, same))
+    for s in range(len(old)):
+        row = [open_mean(old[s, :, 0, e]) for e in range(4)]
+        assert row[3] == 0.0
+        assert new[s, 3, 0].tolist() == pytest.approx([*row, sum(row) / 3], abs=1e-6)
+        assert loaded[s, 3, 0].tolist() == pytest.approx(row, abs=1e-6)
+    assert all(g[3].min() > 0.01 for g in twice.gates().values())
+
+
 @pytest.mark.parametrize("rule", ["mean", "zero"])
 def test_rows_of_new_tasks_follow_the_rule(rule, library, tiny):
     folder, before = library(router="task_table", new_task_rows=rule)
