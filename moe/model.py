@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,7 @@ class TaskMoEModel(nn.Module):
         self.penalties: Penalties | None = None  # see moe/regularisation.py
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
+        self._gate: str | None = None  # of use_gate; None: that of moe_config
         self.parts: Parts | None = None  # keeps the tasks' gradients apart in the forward passes from now on
         self._checkpointed = [m for m in base_model.modules() if hasattr(m, "gradient_checkpointing")]
         self._embeddings = input_embeddings(base_model)
@@ -282,13 +284,19 @@ class TaskMoEModel(nn.Module):
     def use_gate(self, name: str) -> None:
         """Gate as ``name`` says from now on, with its default options, instead of ``moe_config.gate``.
 
-        Not part of what :meth:`save_pretrained` writes.
+        What :meth:`save_pretrained` writes has this gate, and the temperature that holds then.
         """
         config = with_gate(self.moe_config, name)
+        self._gate = name
         for module in self.modules():
             if isinstance(module, (Routing, TokenRouting)):
                 module.gate, module.top_k = GATES[name], config.top_k
                 module.gate_options = options_of("gate", config, GATES[name])
+
+    def config_in_force(self) -> TaskMoEConfig:
+        """``moe_config`` with the gate and the temperature of a forward pass as it is now."""
+        config = self.moe_config if self._gate is None else with_gate(self.moe_config, self._gate)
+        return replace(config, router_temperature=self.routing.temperature)
 
     def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Call once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""

@@ -1,9 +1,11 @@
 """Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json; beside them
-task_vectors.safetensors, where vectors of tasks came from a file."""
+task_vectors.safetensors, where vectors of tasks came from a file. The config's gate and temperature are those
+that the model had when it was saved: in a run, those of the phase."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ from torch import Tensor, nn
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
-from taskmoe.moe.new_tasks import row_of_new_tasks
+from taskmoe.moe.new_tasks import row_of_new_tasks, rule_of
 from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.moe.representations.files import write_vectors
 from taskmoe.moe.tasks import TaskTable
 
 WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
 FORMAT = 1
+GATE = {"gate", "gate_options", "top_k"}  # they belong together
 
 
 class StateError(ValueError):
@@ -32,8 +35,17 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
     """Write the adapter of ``model``; ``state`` replaces its own tensors (gathered ones under ZeRO-3).
 
     Raises:
-        StateError: a tensor is empty (a partitioned one that was not gathered).
+        StateError: a tensor is empty (a partitioned one that was not gathered), or the gate in force is one
+            that could not be attached.
     """
+    from taskmoe.moe.attach import check
+
+    in_force = model.config_in_force()
+    if in_force.gate != model.moe_config.gate:
+        try:
+            check(in_force)
+        except ConfigError as error:
+            raise StateError(f"{error}; the model gates so since use_gate, change that to save it") from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.adapter_state_dict() if state is None else state
@@ -46,7 +58,7 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
         "peft_type": "TASKMOE",
         "format": FORMAT,
         "base_model_name_or_path": base,
-        **model.moe_config.to_dict(),
+        **in_force.to_dict(),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
@@ -86,7 +98,8 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
     """Load a saved adapter into an attached model whose task table starts with the adapter's.
 
     Rows of tasks that the adapter does not know follow ``moe_config.new_task_rows``: the mean of the known
-    rows, zero, or what the model was initialised with (random).
+    rows, zero, or what the model was initialised with (random). Where a file gives the tasks' vectors, a new
+    task has its own.
 
     Raises:
         StateError: unreadable file; missing, unexpected or misshapen tensors.
@@ -119,8 +132,7 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
             )
         values[name] = state[name]
         if name in dims:
-            # Buffers are given, not learned: rows of new tasks are there already.
-            rule = model.moe_config.new_task_rows if isinstance(parameter, nn.Parameter) else "random"
+            rule = rule_of(model, name, parameter)
             values[name] = _grown(name, state[name], parameter, dims[name], rule)
     with torch.no_grad():  # only now: an error leaves the model as it was
         for name, parameter in own.items():
@@ -144,6 +156,17 @@ def with_saved_vectors(config: TaskMoEConfig, folder: str | Path) -> TaskMoEConf
     if (path is not None and Path(path).exists()) or not beside.exists():
         return config
     return replace(config, representation_options={**options, "path": str(beside)})
+
+
+def with_saved_gate(config: TaskMoEConfig, folder: str | Path, keep: Collection[str] = ()) -> TaskMoEConfig:
+    """``config`` with the gate and temperature of a saved adapter, but for the keys in ``keep``.
+
+    Raises:
+        StateError: as :func:`read_config`.
+    """
+    saved = read_config(folder)
+    gate = GATE if GATE.isdisjoint(keep) else ()
+    return replace(config, **{key: getattr(saved, key) for key in {*gate, "router_temperature"} - {*keep}})
 
 
 def load_model(

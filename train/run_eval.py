@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taskmoe.moe import TaskTable, load_adapter
-from taskmoe.moe.state import with_saved_vectors
+from taskmoe.moe.state import with_saved_gate, with_saved_vectors
 from taskmoe.train import checkpoint
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
@@ -101,7 +102,9 @@ def score_run(
     wanted = split or config.eval_split
     ranks = init(config)
     try:
-        found = _score(config, home, path, wanted, ranks, return_predictions)
+        given = {m[1] for o in overrides if (m := re.match(r"-*moe\.(\w+)", o))}
+        moe = with_saved_gate(with_saved_vectors(config.moe, path), path, given)  # a phase may gate otherwise
+        found = _score(replace(config, moe=moe), home, path, wanted, ranks, return_predictions)
     finally:
         shutdown(ranks)
     step = checkpoint.read_state(path)["step"]
@@ -117,7 +120,6 @@ def _score(
             print(f"taskmoe: {line}", file=sys.stderr)
 
     tasks = TaskTable.load(path / TASKS)
-    config = replace(config, moe=with_saved_vectors(config.moe, path))
     data = build_data(config, ranks, (split,), tasks, home / "tokenizer", say)
     if not any(len(s.tokens) for s in data.bundle.splits[split]):
         raise ConfigError(f"{config.data.root or home}: none of the tasks has a {split} split")

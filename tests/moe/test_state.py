@@ -18,6 +18,7 @@ from taskmoe.moe import (
     attach_heads,
     load_adapter,
 )
+from taskmoe.moe.collapse import save_lora
 from taskmoe.moe.state import CONFIG, TASKS, WEIGHTS, read_config, save_adapter
 
 OLD, NEW = ["a", "b"], ["a", "b", "c", "d"]
@@ -120,6 +121,35 @@ def test_what_is_written(saved):
     assert values["peft_type"] == "TASKMOE"
     assert read_config(folder) == model.moe_config
     assert TaskTable.load(folder / TASKS).names == OLD
+
+
+@pytest.mark.parametrize("router", ["task_table", "token_linear"])
+def test_the_gate_in_force_is_saved_and_comes_back(router, routed, tiny, batch, head, tmp_path):
+    model = routed("llama", router=router, gate="sigmoid", gate_options={"normalise": "sqrt"})
+    model.use_gate("one_hot" if router == "task_table" else "softmax")
+    model.routing.temperature = 0.37
+    expected = head(model(**batch("llama", [2, 0, 1])))
+    model.save_pretrained(tmp_path)
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    assert torch.equal(head(again(**batch("llama", [2, 0, 1]))), expected)
+    assert again.moe_config == model.config_in_force() != model.moe_config
+    if router == "task_table":
+        save_lora(model, "sum", tmp_path / "lora")
+        save_lora(again, "sum", tmp_path / "again")
+        assert all(
+            torch.equal(t, load_file(tmp_path / "lora" / WEIGHTS)[n])
+            for n, t in load_file(tmp_path / "again" / WEIGHTS).items()
+        )
+
+
+def test_a_gate_that_cannot_be_attached_is_not_saved(routed, tmp_path):
+    model = routed("llama")
+    model.use_gate("uniform")
+    with pytest.raises(StateError, match=r"moe\.router: 'task_table' with gate 'uniform'.* since use_gate"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model.use_gate("softmax")
+    model.save_pretrained(tmp_path / "adapter")
 
 
 def test_a_longer_table_at_loading(tiny, saved):

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from taskmoe.moe import ConfigError, TaskError, TaskMoEConfig
+from taskmoe.moe.state import read_config
 from taskmoe.train.checkpoint import CheckpointError
 from taskmoe.train.cli import main
 from taskmoe.train.config import (
@@ -14,11 +17,13 @@ from taskmoe.train.config import (
     DataConfig,
     EvaluationConfig,
     MixingConfig,
+    PhaseConfig,
     SkillGymConfig,
     TokenizerConfig,
 )
 from taskmoe.train.loop import train
 from taskmoe.train.run_eval import score_run
+from taskmoe.train.track.log import read_log
 
 LLAMA = {
     "type": "llama",
@@ -88,6 +93,40 @@ def test_same_numbers_as_the_end_of_training(tmp_path: Path) -> None:
     _, tested = score_run(tmp_path / "run" / "checkpoint-2", split="test", return_predictions=True)
     assert [scores["rows"] for scores in tested["tasks"].values()] == [4, 4, 4]
     assert all(len(texts) == 4 for texts in tested["predictions"].values())
+
+
+def test_the_gate_and_temperature_of_the_phase_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    gym = SkillGymConfig(num_tasks=3, num_skills=3, train_rows=16, validation_rows=5, test_rows=4)
+    every = ("experts", "router")
+    first = PhaseConfig("first", 2, train=every, gate="one_hot", router_temperature=(5.0, 4.0))
+    second = PhaseConfig("second", 2, train=every, router_temperature=(0.3, 0.2))
+    config = Config(
+        model=LLAMA,
+        tokenizer=TokenizerConfig("char", 64),
+        data=DataConfig(skill_gym=gym, max_length=48, cache_dir=str(tmp_path / "cache")),
+        evaluation=EvaluationConfig(max_new_tokens=4),
+        output_dir=str(tmp_path / "run"),
+        phases=[first, second],
+        **(COMMON | {"learning_rate": 0.1, "max_steps": 4, "eval_steps": 2, "save_steps": 2}),
+    )
+    assert train(config) == 0
+    run = tmp_path / "run"
+    saved = [read_config(run / f"checkpoint-{step}") for step in (2, 4)]
+    assert [(c.gate, c.router_temperature) for c in saved] == [("one_hot", 4.0), ("softmax", 0.2)]
+    at_the_end = json.loads((run / "eval_results.json").read_text())["experts"]
+    _, found = score_run(run)
+    assert {key: found[key] for key in at_the_end} == at_the_end
+    losses = {step: score_run(run / f"checkpoint-{step}")[1]["macro"]["loss"] for step in (2, 4)}
+    logged = [line for line in read_log(run / "trainer_log.jsonl") if line["kind"] == "eval"]
+    assert losses == {line["step"]: line["eval/macro/loss"] for line in logged}
+    _, warmer = score_run(run, ["--moe.router_temperature=5"])
+    assert warmer["macro"]["loss"] != losses[4], "a setting on the command line counts"
+    _, other = score_run(run / "checkpoint-2", ["--moe.gate", "softmax"])
+    assert other["macro"]["loss"] != losses[2]
+    # A resumed run gates as its own phase says, not as the checkpoint.
+    shutil.rmtree(run / "checkpoint-4")
+    assert train(replace(config, resume_from_checkpoint="true")) == 0
+    assert json.loads((run / "eval_results.json").read_text())["experts"] == at_the_end
 
 
 def test_json_is_one_object_on_stdout_and_all_rows_are_scored(
