@@ -28,7 +28,8 @@ class GateMethod:
     uses: the settings it reads; idle: {(option, value): those it leaves unread with that option}. noisy:
     whether it takes noise in training. Options: a dataclass of settings of its own. soft: what its values are
     before they are rounded or cut to k experts, ``(logits, temperature, noise, options) -> [..., E]`` of 0 or
-    more; None: the values, which say that themselves.
+    more; None: the values, which say that themselves. chooses: whether, with these options, its values are
+    zero at the experts that a task or a token does not use.
     """
 
     function: Callable[..., Gated]
@@ -37,6 +38,7 @@ class GateMethod:
     noisy: bool = False
     Options: type | None = None
     soft: Callable[..., Tensor] | None = None
+    chooses: Callable[[Any], bool] = lambda options: False
 
     def __call__(
         self,
@@ -113,6 +115,10 @@ def _soft(logits: Tensor, temperature: float, noise: Tensor | None, options: Non
     return torch.softmax(_with_gumbel(logits, noise) / temperature, dim=-1)
 
 
+def _always(options: Any) -> bool:
+    return True
+
+
 def raw(logits: Tensor, temperature: float, top_k: int | None, noise: None, options: None) -> Gated:
     """The logits themselves: for routers that give gates (``fixed``, ``random``)."""
     return logits, None
@@ -134,11 +140,17 @@ GATES: dict[str, GateMethod] = {
     "sigmoid": GateMethod(
         sigmoid, idle={("normalise", "l2"): ("router_temperature",)}, Options=SigmoidOptions
     ),
-    "bernoulli": GateMethod(bernoulli, noisy=True, Options=BernoulliOptions, soft=bernoulli_odds),
+    "bernoulli": GateMethod(
+        bernoulli,
+        noisy=True,
+        Options=BernoulliOptions,
+        soft=bernoulli_odds,
+        chooses=lambda options: options.straight_through,
+    ),
     "gumbel": GateMethod(gumbel, noisy=True),
-    "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True, soft=_soft),
-    "top_k": GateMethod(top_k, uses=("router_temperature", "top_k"), soft=_soft),
-    "one_hot": GateMethod(one_hot, soft=_soft),
+    "gumbel_one_hot": GateMethod(gumbel_one_hot, noisy=True, soft=_soft, chooses=_always),
+    "top_k": GateMethod(top_k, uses=("router_temperature", "top_k"), soft=_soft, chooses=_always),
+    "one_hot": GateMethod(one_hot, soft=_soft, chooses=_always),
     "raw": GateMethod(raw, uses=()),
     "uniform": GateMethod(uniform, uses=()),
 }

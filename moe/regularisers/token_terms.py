@@ -13,23 +13,38 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.gates import GATES
+from taskmoe.moe.options import options_of
 from taskmoe.moe.regularisers.base import OfTokens, Rows
 from taskmoe.moe.tasks import TaskError, TaskTable
+from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
+
+
+def _check_logits(name: str, config: TaskMoEConfig) -> None:
+    if "raw" in getattr(TOKEN_ROUTERS.get(config.router), "gates", ()):
+        raise ConfigError(
+            f"moe.regularisers.{name}: reads the logits of a router, and moe.router {config.router!r} gives "
+            "gates; leave it out, or use the regulariser token_cv"
+        )
 
 
 class TokenBalance(OfTokens):
     """E sum_e f_e P_e: f_e the share of gates that are not zero which expert e has (no gradient), P_e the
     mean of softmax(logits) (Switch Transformers, Fedus et al. 2022, arXiv 2101.03961).
 
-    For gates without zeros f is level and the term is constant: it is meant for top-k and one-hot gates.
+    For gates without zeros f is level and the term is constant: it is meant for top-k and one-hot gates, of
+    routers that give logits.
     """
 
     def __init__(self, options: Any, config: TaskMoEConfig, tasks: TaskTable) -> None:
         super().__init__(options, config, tasks)
-        if config.gate in ("softmax", "sigmoid", "uniform"):
+        _check_logits("token_balance", config)
+        gate = GATES[config.gate]
+        if not gate.chooses(options_of("gate", config, gate)):
             raise ConfigError(
                 f"moe.regularisers.token_balance: gate {config.gate!r} sends every token to every expert, so "
-                "the loads are equal; use gate top_k or one_hot, or the regulariser token_cv"
+                "the loads are equal; use a gate that leaves experts out, such as top_k, or the regulariser "
+                "token_cv"
             )
 
     def value(self, logits_ME: Tensor, gates_ME: Tensor, rows: Rows) -> Tensor:
@@ -42,6 +57,10 @@ class TokenBalance(OfTokens):
 
 class TokenZLoss(OfTokens):
     """logsumexp_e(z)^2, the mean over tokens (ST-MoE, Zoph et al. 2022, arXiv 2202.08906)."""
+
+    def __init__(self, options: Any, config: TaskMoEConfig, tasks: TaskTable) -> None:
+        super().__init__(options, config, tasks)
+        _check_logits("token_z_loss", config)
 
     def value(self, logits_ME: Tensor, gates_ME: Tensor, rows: Rows) -> Tensor:
         squares_M = torch.logsumexp(logits_ME, dim=-1).square()

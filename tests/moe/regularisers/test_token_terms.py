@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
-from taskmoe.moe import TaskMoEConfig, TaskTable
+from taskmoe.moe import ConfigError, TaskMoEConfig, TaskTable
+from taskmoe.moe.gates import GATES
+from taskmoe.moe.options import options_of
 from taskmoe.moe.regularisers.base import Rows
+from taskmoe.moe.regularisers.kinds import read_regularisers
 from taskmoe.moe.regularisers.token_terms import LocalisedBalance, TokenBalance, TokenCV, TokenZLoss
 
 B, L, E = 4, 5, 4
@@ -69,6 +72,44 @@ CASES = [
     (TokenCV, None, cv),
     (LocalisedBalance, OPTIONS, localised),
 ]
+
+
+ALL_EXPERTS = "gate .* sends every token to every expert"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        *(("token_balance", {"gate": g}, ALL_EXPERTS) for g in ("softmax", "sigmoid", "gumbel", "bernoulli")),
+        ("token_balance", {"gate": "bernoulli", "gate_options": {"dropout": 0.5}}, ALL_EXPERTS),
+        *(
+            (name, {"router": router, "gate": "raw"}, f"moe.router '{router}' gives gates")
+            for name in ("token_balance", "token_z_loss")
+            for router in ("ranks", "token_cluster", "random_instances")
+        ),
+    ],
+)
+def test_a_term_that_reads_other_logits_or_loads_is_refused(name, settings, message):
+    config = TaskMoEConfig.from_dict({"router": "token_linear", "regularisers": {name: 0.1}, **settings})
+    with pytest.raises(ConfigError, match=f"moe.regularisers.{name}: .*{message}"):
+        read_regularisers(config)
+
+
+@pytest.mark.parametrize(
+    ("gate", "options"),
+    [("one_hot", None), ("gumbel_one_hot", None), ("bernoulli", {"straight_through": True})],
+)
+def test_gates_with_zeros_are_balanced(gate, options):
+    config = TaskMoEConfig(
+        router="token_linear", gate=gate, gate_options=options, regularisers={"token_balance": 0.1}
+    )
+    _, term = read_regularisers(config)["token_balance"]
+    logits, _, rows = layer()
+    logits = (logits.detach() + torch.tensor([4.0, 0.0, 0.0, -4.0])).requires_grad_()
+    noise = torch.rand(B * L, E, generator=torch.Generator().manual_seed(1)).double()
+    gates = GATES[gate](logits, 1.0, None, noise, options_of("gate", config, GATES[gate]))[0]
+    (gradient,) = torch.autograd.grad(term.value(logits, gates, rows), logits)
+    assert gradient.sum(0)[0] > 1e-3
 
 
 @pytest.mark.parametrize(("kind", "options", "dense"), CASES)
