@@ -19,7 +19,7 @@ from taskmoe.moe.attach import attach
 from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
-from taskmoe.moe.new_tasks import CLOSED, TABLE, is_open, row_of_new_tasks
+from taskmoe.moe.new_tasks import CLOSED, TABLE, is_open, row_of_new_tasks, rule_of
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.state import TASKS, WEIGHTS, StateError, read_config
 from taskmoe.moe.tasks import TaskTable
@@ -71,7 +71,6 @@ def grow(
     if different:
         raise StateError(f"{folder / WEIGHTS}: {different[0]} is not in both; was another base model saved?")
     axes = task_dims(model)
-    rule = after.new_task_rows
     closed = [n for n, m in model.named_modules() if isinstance(m, Bank) and m.weighs_all]
     if closed and num_experts > before.num_experts:
         raise ConfigError(
@@ -80,11 +79,11 @@ def grow(
         )
     with torch.no_grad():
         for name, p in own.items():
+            rule = rule_of(model, name, p)
             if name == TABLE:
                 p.copy_(_table(p, state[name], rule))
-            else:  # buffers are given, not learned: rows of new tasks are there already
-                given = not isinstance(p, nn.Parameter)
-                _copy(name, p, state[name], axes.get(name), "random" if given else rule)
+            else:
+                _copy(name, p, state[name], axes.get(name), rule)
     _check_routes(model, before, saved, state)
     return model
 

@@ -10,8 +10,16 @@ from torch import Tensor
 from taskmoe.moe.model import TaskMoEModel, task_dims
 
 OF_TASKS = ("experts", "router", "task_embedding")
-TABLE = "routing.router.logits_STHE"
+TABLE, VECTORS = "routing.router.logits_STHE", "routing.representation.embedding_TD"
 CLOSED = -1e4  # a logit of TABLE whose gate is zero, whatever the temperature
+
+
+def rule_of(model: TaskMoEModel, name: str, tensor: Tensor) -> str:
+    """What a new task's rows of an adapter's tensor follow: ``moe_config.new_task_rows``, or ``random``: they
+    stay as the model was built, where they are given (buffers, vectors that begin at those of a file)."""
+    begun = (model.moe_config.representation_options or {}).get("path") is not None
+    given = not isinstance(tensor, torch.nn.Parameter) or (begun and name == VECTORS)
+    return "random" if given else model.moe_config.new_task_rows
 
 
 def is_open(logits: Tensor) -> Tensor:

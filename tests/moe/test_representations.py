@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel, TaskTable, attach, load_adapter
+from taskmoe.moe.growth import grow
 from taskmoe.moe.model import task_dims
 from taskmoe.moe.representations.files import read_vectors, write_vectors
 
@@ -101,6 +102,20 @@ def test_learned_vectors_may_begin_at_given_ones(path, tiny):
     with pytest.raises(ConfigError, match=r"moe.task_embedding_dim: 64, but the vectors of .* have 5"):
         wrong = TaskMoEConfig(router="task_mlp", representation_options={"path": str(path)})
         attach(tiny("llama"), wrong, NAMES[:3])
+
+
+@pytest.mark.parametrize("how", ["load", "grow"])
+def test_a_new_task_begins_at_its_given_vector(how, path, tiny, shaken, tmp_path):
+    old = shaken(attach(tiny("llama"), config(path, "learned"), NAMES[:3]))
+    old.save_pretrained(tmp_path / "adapter")
+    more = TaskTable.from_names(NAMES)
+    if how == "grow":
+        new = grow(tiny("llama"), tmp_path / "adapter", 3, more)
+    else:
+        new = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "adapter", more)
+    vectors_TD = new.routing.representation.embedding_TD.detach()
+    assert torch.equal(vectors_TD[:3], old.routing.representation.embedding_TD), "as trained"
+    assert torch.equal(vectors_TD[3:], torch.stack([VECTORS[n] for n in NAMES[3:]]))
 
 
 @pytest.mark.parametrize("representation", ["frozen", "text"])
