@@ -248,6 +248,12 @@ class TaskMoEModel(nn.Module):
                 p.requires_grad_(kind in groups and p.is_floating_point() and id(p) not in aside)
         return self.trainable_names()
 
+    def freeze_experts(self) -> None:
+        """From now on no expert trains, whatever :meth:`set_trainable` is asked for."""
+        for bank in (m for m in self.modules() if isinstance(m, Bank) and m.kind == "experts"):
+            bank.frozen = True
+            bank.requires_grad_(False)
+
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """:meth:`parameter_groups` without what is frozen."""
         groups = self.parameter_groups()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
 from taskmoe.moe.new_tasks import row_of_new_tasks, rule_of
@@ -60,6 +61,8 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
         "base_model_name_or_path": base,
         **in_force.to_dict(),
     }
+    if any(m.frozen for m in model.modules() if isinstance(m, Bank)):
+        config["frozen"] = True  # imported experts that do not train
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
     if (model.moe_config.representation_options or {}).get("path"):
@@ -74,6 +77,11 @@ def read_config(folder: str | Path) -> TaskMoEConfig:
     Raises:
         StateError: adapter_config.json is missing, broken, or of another kind.
     """
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: str | Path) -> tuple[TaskMoEConfig, bool]:
+    """The settings, and whether the experts are frozen whatever is to train."""
     path = Path(folder) / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -83,7 +91,8 @@ def read_config(folder: str | Path) -> TaskMoEConfig:
                 f"{path}: not a taskmoe adapter of format {FORMAT}, but peft_type {kind[0]}, format {kind[1]}"
             )
         values.pop("base_model_name_or_path", None)
-        return TaskMoEConfig.from_dict(values)
+        frozen = values.pop("frozen", False) is True
+        return TaskMoEConfig.from_dict(values), frozen
     except StateError:
         raise
     except ConfigError as error:
@@ -175,8 +184,11 @@ def load_model(
     """Attach as the saved config says, then :func:`load_adapter`; ``tasks``: a longer table, if any."""
     from taskmoe.moe.attach import attach
 
-    config = with_saved_vectors(read_config(folder), folder)
+    config, frozen = _read_config(folder)
+    config = with_saved_vectors(config, folder)
     table = TaskTable.load(Path(folder) / TASKS) if tasks is None else tasks
     model = attach(base_model, config, table, **kwargs)
     load_adapter(model, folder)
+    if frozen:
+        model.freeze_experts()
     return model

@@ -116,6 +116,20 @@ def test_a_saved_import_needs_the_folders_no_more(saved, tiny, tmp_path):
     with torch.no_grad():
         found, expected = (m(input_ids=ids(2), task_ids=["x", "y"]).logits for m in (again, model))
     assert torch.equal(found, expected)
+    again.save_pretrained(tmp_path / "again")
+    twice = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "again")
+    for loaded in (again, twice):
+        assert loaded.trainable_names() == ["routing.router.logits_STHE"], "experts stay as they were trained"
+        loaded.set_trainable(("experts", "router"))
+        assert loaded.trainable_names() == ["routing.router.logits_STHE"]
+
+
+def test_an_import_that_trains_goes_on_training_once_loaded(saved, tiny, tmp_path):
+    model = import_peft(tiny("llama"), saved(), TaskMoEConfig(), ["x", "y"], train=True)
+    model.save_pretrained(tmp_path / "whole")
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "whole")
+    assert again.trainable_names() == model.trainable_names()
+    assert any("bank" in name for name in again.trainable_names())
 
 
 @pytest.mark.parametrize(
