@@ -84,7 +84,8 @@ class LocalisedBalance(OfTokens):
 
     Q_eb: mean gate of expert e over the tokens of sequence b (theirs is the sum, so that long sequences count
     more). I_eb = 1 + delta if expert and sequence are of one kind, else 1 - delta. The first ``experts``
-    experts and the tasks named in ``tasks`` are one kind, all others the second.
+    experts of each layer (half of those it has) and the tasks named in ``tasks`` are one kind, all others the
+    second.
 
     Z is level where Q is proportional to 1 / I: as the paper writes it, delta above 0 draws matching gates
     *below* the others. A delta below 0 turns that round.
@@ -95,15 +96,15 @@ class LocalisedBalance(OfTokens):
     @dataclass(frozen=True)
     class Options:
         tasks: tuple[str, ...] = ()  # tasks of the first kind
-        experts: int | None = None  # how many experts are of the first kind; null: half
+        experts: int | None = None  # how many of a layer's experts are of the first kind; null: half
         delta: float = 0.1  # how far the two kinds are told apart, between -1 and 1
 
     def __init__(self, options: Options, config: TaskMoEConfig, tasks: TaskTable) -> None:
         super().__init__(options, config, tasks)
-        key, E = "moe.regularisers.localised_balance", config.num_experts
-        first = E // 2 if options.experts is None else options.experts
-        if not 0 < first < E:
-            raise ConfigError(f"{key}.experts: {first} of {E} must leave both kinds an expert")
+        key = "moe.regularisers.localised_balance"
+        for E in (config.num_experts, *(config.expert_pattern or {}).values()):
+            if not 0 < self._first(E) < E:
+                raise ConfigError(f"{key}.experts: {self._first(E)} of {E} must leave both kinds an expert")
         if not -1 < options.delta < 1:
             raise ConfigError(f"{key}.delta: {options.delta} must be between -1 and 1")
         if not options.tasks:
@@ -112,7 +113,9 @@ class LocalisedBalance(OfTokens):
             self.tasks = {tasks.id(name) for name in options.tasks} if len(tasks) else set()
         except TaskError as error:
             raise ConfigError(f"{key}.tasks: {error}") from error
-        self.first = first
+
+    def _first(self, E: int) -> int:
+        return E // 2 if self.options.experts is None else int(self.options.experts)
 
     def value(self, logits_ME: Tensor, gates_ME: Tensor, rows: Rows) -> Tensor:
         B, E = int(rows.sequences), gates_ME.shape[1]
@@ -120,7 +123,7 @@ class LocalisedBalance(OfTokens):
         sums_BE = gates_ME.new_zeros(B, E).index_add(0, rows.sequences_M, weighted_ME)
         lengths_B = gates_ME.new_zeros(B).index_add(0, rows.sequences_M, rows.weights_M)
         kinds_B = self._kinds(rows, B)
-        kinds_E = torch.arange(E, device=gates_ME.device) < self.first
+        kinds_E = torch.arange(E, device=gates_ME.device) < self._first(E)
         signs_BE = torch.where(kinds_B[:, None] == kinds_E, 1.0, -1.0).to(gates_ME)
         Z_BE = (1 + self.options.delta * signs_BE) * sums_BE / lengths_B.clamp_min(1).unsqueeze(1)
         here_B1 = (lengths_B > 0).to(Z_BE).unsqueeze(1)

@@ -74,6 +74,25 @@ CASES = [
 ]
 
 
+def test_the_localised_balance_takes_half_of_the_experts_that_a_layer_has():
+    config = TaskMoEConfig(
+        num_experts=8, router="token_linear", gate="top_k", top_k=2, expert_pattern={"q_proj": E}
+    )
+    logits, gates, rows = layer()
+    term = LocalisedBalance(LocalisedBalance.Options(tasks=("chat",), delta=0.3), config, TASKS)
+    expected = localised(logits, gates, rows, first=E // 2).item()
+    assert term.value(logits, gates, rows).item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "experts", "message"), [({"q_proj": 2}, 3, "3 of 2"), ({"q_proj": 1}, None, "0 of 1")]
+)
+def test_each_layer_has_experts_of_both_kinds(pattern, experts, message):
+    config = TaskMoEConfig(num_experts=8, router="token_linear", expert_pattern=pattern)
+    with pytest.raises(ConfigError, match=f"localised_balance.experts: {message}"):
+        LocalisedBalance(LocalisedBalance.Options(tasks=("chat",), experts=experts), config, TASKS)
+
+
 ALL_EXPERTS = "gate .* sends every token to every expert"
 
 
