@@ -11,6 +11,7 @@ from taskmoe.moe.banks.base import Bank, prepare
 from taskmoe.moe.banks.kinds import BANKS
 from taskmoe.moe.choices import SEAMS, check_choices, ignored
 from taskmoe.moe.config import SCOPES, ConfigError, TaskMoEConfig
+from taskmoe.moe.gates import GATES
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.moe.regularisation import build_penalties
@@ -67,11 +68,12 @@ def check(config: TaskMoEConfig) -> None:
             "(one renormalised expert has a constant gate: use gate: one_hot)"
         )
     read_regularisers(config)
-    if (config.router == "none") != (config.gate == "uniform"):
+    router = SEAMS["router"][config.router]
+    if getattr(router, "blind", False) != GATES[config.gate].blind:
         raise ConfigError(
             f"moe.router: {config.router!r} with gate {config.gate!r}; router: none goes with gate: uniform"
         )
-    wanted = getattr(SEAMS["router"][config.router], "gates", (config.gate,))
+    wanted = getattr(router, "gates", (config.gate,))
     if BANKS[config.bank].levels and config.gate not in wanted:
         raise ConfigError(
             f"moe.gate: {config.gate!r} with router {config.router!r}, which goes with gate "

@@ -29,7 +29,7 @@ class GateMethod:
     whether it takes noise in training. Options: a dataclass of settings of its own. soft: what its values are
     before they are rounded or cut to k experts, ``(logits, temperature, noise, options) -> [..., E]`` of 0 or
     more; None: the values, which say that themselves. chooses: whether, with these options, its values are
-    zero at the experts that a task or a token does not use.
+    zero at the experts that a task or a token does not use. blind: does not look at the logits.
     """
 
     function: Callable[..., Gated]
@@ -39,6 +39,7 @@ class GateMethod:
     Options: type | None = None
     soft: Callable[..., Tensor] | None = None
     chooses: Callable[[Any], bool] = lambda options: False
+    blind: bool = False
 
     def __call__(
         self,
@@ -152,5 +153,5 @@ GATES: dict[str, GateMethod] = {
     "top_k": GateMethod(top_k, uses=("router_temperature", "top_k"), soft=_soft, chooses=_always),
     "one_hot": GateMethod(one_hot, soft=_soft, chooses=_always),
     "raw": GateMethod(raw, uses=()),
-    "uniform": GateMethod(uniform, uses=()),
+    "uniform": GateMethod(uniform, uses=(), blind=True),
 }

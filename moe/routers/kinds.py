@@ -3,13 +3,14 @@
 A router is built from ``(config, groups, tasks, dim)``: the names of the S groups in the order of the model,
 and the task table. It is called once per forward pass, not once per sequence, with ``(tasks [Tb] int64,
 vectors_TD [Tb, D])``: the ids of the batch's tasks and their vectors (``dim`` = D; None and 0 unless ``uses``
-names ``representation``). It returns logits [S, Tb, H, E] and is a function of its
-parameters and the task alone. Its parameters are stacked over the S groups, so that every rank touches every
-tensor in every step whatever its tasks are. ``task_dims`` names the axis of the tasks of each parameter that
-has one: there a table of tasks grows.
+names ``representation``). It returns logits [S, Tb, H, E] and is a function of its parameters and the task
+alone. Its parameters are stacked over the S groups, so that every rank touches every tensor in every step
+whatever its tasks are. ``task_dims`` names the axis of the tasks of each parameter that has one: there a
+table of tasks grows.
 
 ``gates`` names the gates that it goes with (default: any), ``trains`` says that it has parameters (default),
-``shares`` that tasks share them (default).
+``shares`` that tasks share them (default), ``blind`` that it says nothing and goes with a gate that asks
+nothing.
 """
 
 from __future__ import annotations

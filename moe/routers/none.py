@@ -18,6 +18,7 @@ class NoRouter(nn.Module):
     uses: ClassVar[tuple[str, ...]] = ("num_experts",)
     task_dims: ClassVar[dict[str, int]] = {}
     trains: ClassVar[bool] = False
+    blind: ClassVar[bool] = True
     zero: Tensor
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
