@@ -22,7 +22,7 @@ from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 from taskmoe.moe.options import options_of
 from taskmoe.moe.parts import by_row
-from taskmoe.moe.sub_blocks import BLOCKS, BlockOutput, find_sub_blocks
+from taskmoe.moe.sub_blocks import BLOCKS, BlockOutput, SubBlock, find_sub_blocks
 from taskmoe.moe.targets import routing_group
 from taskmoe.moe.tasks import TaskTable
 
@@ -35,6 +35,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
     "silu": nn.functional.silu,
 }
+
+Blocks = Mapping[str, SubBlock]  # {name of the linear that ends a block: the block}
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,9 @@ class AdapterBank(Bank):
         return f"num_experts={e}, r={r}, width={n}"
 
 
-class Adapters:
-    """The kind ``adapter``. Under a fixed map and ``num_experts`` = tasks: independent adapters."""
-
-    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_scope", *WHERE)
-    levels: ClassVar[tuple[str, ...]] = ("task",)
-
-    Options = BlockOptions
+class BehindBlocks:
+    """A kind whose experts stand behind blocks: ``build(model, config, table, options, blocks)`` gives what
+    takes the place of each block's last linear, and the routing groups."""
 
     @classmethod
     def place(
@@ -155,10 +153,41 @@ class Adapters:
         blocks, not_run = find_sub_blocks(
             model, config, options.behind, example_inputs=example_inputs, dry_run=dry_run
         )
-        groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in blocks))
-        replaced: dict[str, nn.Module] = {}
-        for name, block in blocks.items():
-            group = groups.index(routing_group(name, config.router_scope))
-            bank = AdapterBank(block.width, config.num_experts, config.r, options.nonlinearity, group)
-            replaced[name] = BlockOutput(block.linear, bank, name)
+        replaced, groups = cls.build(model, config, table, options, blocks)
         return Placement(replaced, groups, not_run)
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, config: TaskMoEConfig, table: TaskTable, options: Any, blocks: Blocks
+    ) -> tuple[dict[str, nn.Module], list[str]]:
+        """{name of a linear: what takes its place}, names of the routing groups."""
+        raise NotImplementedError
+
+
+def adapter_banks(
+    config: TaskMoEConfig, options: BlockOptions, blocks: Blocks
+) -> tuple[dict[str, AdapterBank], list[str]]:
+    """A bank of adapters for each block, and the names of the routing groups."""
+    groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in blocks))
+    banks = {}
+    for name, block in blocks.items():
+        group = groups.index(routing_group(name, config.router_scope))
+        banks[name] = AdapterBank(block.width, config.num_experts, config.r, options.nonlinearity, group)
+    return banks, groups
+
+
+class Adapters(BehindBlocks):
+    """The kind ``adapter``. Under a fixed map and ``num_experts`` = tasks: independent adapters."""
+
+    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_scope", *WHERE)
+    levels: ClassVar[tuple[str, ...]] = ("task",)
+
+    Options = BlockOptions
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, config: TaskMoEConfig, table: TaskTable, options: Any, blocks: Blocks
+    ) -> tuple[dict[str, nn.Module], list[str]]:
+        """See :class:`BehindBlocks`."""
+        banks, groups = adapter_banks(config, options, blocks)
+        return {n: BlockOutput(blocks[n].linear, bank, n) for n, bank in banks.items()}, groups

@@ -6,7 +6,6 @@ the table, Tb tasks in the batch, G 1 or Tb.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +15,18 @@ from torch import Tensor, nn
 from taskmoe.kernels.grouped_linear import grouped_linear
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand, shrink
-from taskmoe.moe.banks.adapter import WHERE, AdapterBank, BlockOptions
-from taskmoe.moe.banks.base import Bank, Placement
+from taskmoe.moe.banks.adapter import (
+    WHERE,
+    AdapterBank,
+    BehindBlocks,
+    BlockOptions,
+    Blocks,
+    adapter_banks,
+)
+from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
-from taskmoe.moe.options import options_of
-from taskmoe.moe.sub_blocks import BlockOutput, find_sub_blocks
-from taskmoe.moe.targets import routing_group
+from taskmoe.moe.sub_blocks import BlockOutput
 from taskmoe.moe.tasks import TaskTable
 
 INIT_STD = 0.02  # of query and key
@@ -135,7 +139,7 @@ class FusedAdapters(nn.Module):
         return trains == [True, False]
 
 
-class Fusion:
+class Fusion(BehindBlocks):
     """The kind ``fusion``: phase 1 trains ``experts`` (one adapter a task: ``router: fixed_map``), phase 2
     ``router`` (the attention). ``router_temperature`` divides the attention's scores."""
 
@@ -156,37 +160,20 @@ class Fusion:
                 raise ConfigError(f"moe.bank_options.dropout: {self.dropout} must be in [0, 1)")
 
     @classmethod
-    def place(
-        cls,
-        model: nn.Module,
-        config: TaskMoEConfig,
-        table: TaskTable,
-        *,
-        example_inputs: Mapping[str, Any] | None = None,
-        dry_run: bool = True,
-    ) -> Placement:
-        """See :class:`taskmoe.moe.banks.base.BankKind` and :func:`taskmoe.moe.sub_blocks.find_sub_blocks`.
-
-        Raises:
-            ConfigError: an unknown option or value; no block is found.
-            RowSpaceError: a block whose rows cannot be assigned to tasks, by name.
-        """
-        options = options_of("bank", config, cls)
-        blocks, not_run = find_sub_blocks(
-            model, config, options.behind, example_inputs=example_inputs, dry_run=dry_run
-        )
-        groups = list(dict.fromkeys(routing_group(n, config.router_scope) for n in blocks))
+    def build(
+        cls, model: nn.Module, config: TaskMoEConfig, table: TaskTable, options: Any, blocks: Blocks
+    ) -> tuple[dict[str, nn.Module], list[str]]:
+        """See :class:`taskmoe.moe.banks.adapter.BehindBlocks`."""
+        banks, groups = adapter_banks(config, options, blocks)
         replaced: dict[str, nn.Module] = {}
-        for name, block in blocks.items():
-            group = groups.index(routing_group(name, config.router_scope))
-            bank = AdapterBank(block.width, config.num_experts, config.r, options.nonlinearity, group)
+        for name, bank in banks.items():
             attention: FusionAttention | TaskFusionAttention
             if options.per_task:
-                attention = TaskFusionAttention(block.width, options.dropout, len(table))
+                attention = TaskFusionAttention(blocks[name].width, options.dropout, len(table))
             else:
-                attention = FusionAttention(block.width, options.dropout)
-            replaced[name] = BlockOutput(block.linear, FusedAdapters(bank, attention), name)
-        return Placement(replaced, groups, not_run)
+                attention = FusionAttention(blocks[name].width, options.dropout)
+            replaced[name] = BlockOutput(blocks[name].linear, FusedAdapters(bank, attention), name)
+        return replaced, groups
 
 
 def _linear(x_MK: Tensor, weight_GNK: Tensor, plan: Plan) -> Tensor:

@@ -17,14 +17,21 @@ from torch import Tensor, nn
 from taskmoe.kernels.low_rank import without_autocast
 from taskmoe.kernels.plan import Plan
 from taskmoe.kernels.split import expand
-from taskmoe.moe.banks.adapter import ACTIVATIONS, WHERE, BlockOptions, bottleneck, one_of
-from taskmoe.moe.banks.base import Bank, Placement
+from taskmoe.moe.banks.adapter import (
+    ACTIVATIONS,
+    WHERE,
+    BehindBlocks,
+    BlockOptions,
+    Blocks,
+    bottleneck,
+    one_of,
+)
+from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
-from taskmoe.moe.options import options_of
 from taskmoe.moe.parts import by_row
 from taskmoe.moe.representations.kinds import vector_size
-from taskmoe.moe.sub_blocks import BlockOutput, SubBlock, find_sub_blocks
+from taskmoe.moe.sub_blocks import BlockOutput, SubBlock
 from taskmoe.moe.targets import routing_group
 from taskmoe.moe.tasks import TaskTable
 
@@ -187,7 +194,7 @@ class GeneratedAdapter(Bank):
         return y_MN + z_MN.to(y_MN.dtype)
 
 
-class Generated:
+class Generated(BehindBlocks):
     """The kind ``generated``: HyperFormer++ (Mahabadi et al. 2021, arXiv 2106.04489), and HyperFormer."""
 
     uses: ClassVar[tuple[str, ...]] = ("representation", "r", *WHERE)
@@ -216,32 +223,17 @@ class Generated:
                 raise ConfigError(f"moe.bank_options.init_std: {self.init_std} must be above 0")
 
     @classmethod
-    def place(
-        cls,
-        model: nn.Module,
-        config: TaskMoEConfig,
-        table: TaskTable,
-        *,
-        example_inputs: Mapping[str, Any] | None = None,
-        dry_run: bool = True,
-    ) -> Placement:
-        """See :class:`taskmoe.moe.banks.base.BankKind` and :func:`taskmoe.moe.sub_blocks.find_sub_blocks`.
-
-        Raises:
-            ConfigError: an unknown option or value; no block is found.
-            RowSpaceError: a block whose rows cannot be assigned to tasks, by name.
-        """
-        options = options_of("bank", config, cls)
-        blocks, not_run = find_sub_blocks(
-            model, config, options.behind, example_inputs=example_inputs, dry_run=dry_run
-        )
+    def build(
+        cls, model: nn.Module, config: TaskMoEConfig, table: TaskTable, options: Any, blocks: Blocks
+    ) -> tuple[dict[str, nn.Module], list[str]]:
+        """See :class:`taskmoe.moe.banks.adapter.BehindBlocks`."""
         hyper = HyperNetwork(config, options, table, blocks)
         hyper.to(next(model.parameters()).device)
         replaced: dict[str, nn.Module] = {
             n: BlockOutput(b.linear, GeneratedAdapter(hyper, n, b, options.nonlinearity), n)
             for n, b in blocks.items()
         }
-        return Placement(replaced, [], not_run)
+        return replaced, []
 
     @staticmethod
     def prepare(attached: TaskMoEModel) -> None:
