@@ -51,6 +51,8 @@ def keys_read(config: TaskMoEConfig) -> set[str]:
         options = getattr(config, f"{seam}_options") or {}
         idle = getattr(method, "idle", {}).items()
         read |= set(method.uses) - {key for (name, v), keys in idle if options.get(name) == v for key in keys}
+    for method in choices_in_use(config).values():
+        read -= set(getattr(method, "mutes", ()))  # keys of the others that it leaves without effect
     return read
 
 

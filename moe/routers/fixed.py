@@ -30,6 +30,7 @@ class FixedRouter(nn.Module):
     task_dims: ClassVar[dict[str, int]] = {}
     gates: ClassVar[tuple[str, ...]] = ("raw",)
     trains: ClassVar[bool] = False
+    mutes: ClassVar[tuple[str, ...]] = ("num_heads",)  # every head has the same gates
     route_TE: Tensor
 
     @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class NoRouter(nn.Module):
     uses: ClassVar[tuple[str, ...]] = ("num_experts",)
     task_dims: ClassVar[dict[str, int]] = {}
     trains: ClassVar[bool] = False
+    mutes: ClassVar[tuple[str, ...]] = ("num_heads",)  # every head has the same gates
     blind: ClassVar[bool] = True
     zero: Tensor
 

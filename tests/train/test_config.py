@@ -681,6 +681,11 @@ def test_files_lie_beside_the_yaml(tmp_path: Path, write) -> None:
     assert options == {"path": str(tmp_path / "vectors.json")}
 
 
+def test_heads_that_the_router_gives_one_routing(write) -> None:
+    text = "moe: {compose: before, num_heads: 8, router: none, gate: uniform}"
+    assert "moe.num_heads: has no effect: " in fails(load, write(BASE + text))
+
+
 def test_a_scope_that_the_router_ignores(write) -> None:
     message = fails(load, write(BASE + "moe: {router: none, gate: uniform, router_scope: layer}"))
     assert "moe.router_scope: has no effect: " in message
