@@ -88,15 +88,19 @@ def method(request: pytest.FixtureRequest) -> Method:
 def table() -> dict[str, dict[str, str]]:
     """{file: {column: cell}} of the table "A file each" in docs/METHODS.md."""
     text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
-    section = text.split("## A file each", 1)[1].split("\n## ", 1)[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    names = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    rows = {}
-    for line in lines[2:]:
+    section = text.split("## A file each", 1)[1].split("\n## ", 1)[0].splitlines()
+    places = [i for i, line in enumerate(section) if line.startswith("|")]
+    header, _, *lines = section[places[0] : places[-1] + 1]
+    assert len(lines) + 2 == len(places), "the table is cut in two"
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
         cells = [c.strip() for c in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
         assert len(cells) == len(names), line
         row = dict(zip(names, cells, strict=True))
-        rows[row["file"].strip("`")] = row
+        file = row["file"].strip("`")
+        assert file not in rows, f"{file} has two rows"
+        rows[file] = row
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,30 +15,15 @@ from taskmoe.train.task_gradients import TaskGradients
 
 def test_every_file_has_a_row_without_blanks(claims, methods):
     assert set(claims) == set(methods)
+    names = [row["method"] for row in claims.values()]
+    assert len(names) == len(set(names)), "two files are called alike"
     for name, row in claims.items():
-        blank = [column for column, cell in row.items() if not cell.strip("` -")]
-        assert not blank, f"{name}: {blank} of its row in docs/METHODS.md"
-
-
-def test_every_file_is_named_in_a_methods_row_without_blanks(methods):
-    text = (Path(__file__).parents[2] / "docs" / "METHODS.md").read_text(encoding="utf-8")
-    section = text.split("\n## A file each", 1)[0].splitlines()
-    places = [i for i, line in enumerate(section) if line.startswith("|")]
-    assert places == list(range(places[0], places[0] + len(places))), "the first table is cut in two"
-    header, _, *lines = ([c.strip() for c in re.split(r"(?<!\\)\|", section[i])[1:-1]] for i in places)
-    wanted = [c for c in header if c.startswith(("formula", "settings", "what differs", "test"))]
-    assert len(wanted) == 4, header
-    found, names = set(), []
-    for cells in lines:
-        row = dict(zip(header, cells, strict=True))
-        names.append(row["method"])
-        files = re.findall(r"`([^`]+)`", row["file"])
-        assert files or row["file"] == "-", f"{row['method']}: {row['file']!r} names no file; write -"
-        blank = [column for column in wanted if not row[column].strip("` -")]
-        assert not (files and blank), f"{row['method']}: {blank} of its row in docs/METHODS.md"
-        found |= set(files)
-    assert found == set(methods), "files without a row, or rows without a file"
-    assert len(names) == len(set(names)), "a method has two rows"
+        for column, cell in row.items():
+            assert cell.strip("` -"), f"{name}: {column} of its row in docs/METHODS.md is blank"
+            other = re.match(r"as `(\w+)`", cell)
+            if other:
+                said = claims[other[1]][column]
+                assert not said.startswith("as `"), f"{name}: {column} is that of {other[1]}, which is {said}"
 
 
 def test_the_start_is_the_one_stated(method, claims):
