@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+# The fast tests run in as many processes as there are cores, file by file; the slow ones, which start ranks of
+# their own, one after the other.
+WORKERS ?= auto
+PYTEST_FAST := -m "not slow" -n $(WORKERS) --maxprocesses 8 --dist loadscope
 
 # ninja counts for DeepSpeed only if it is on PATH, and `deepspeed` starts the ranks.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -18,10 +22,11 @@ quickstart: install  ## train a small mixture on 12 built-in tasks with two rank
 	$(BIN)/taskmoe train configs/quickstart.yaml --num_ranks 2
 
 test: install  ## the fast tests: no GPU, no network
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_FAST) $(PYTEST_ARGS)
 
 test-all: install $(VENV)/triton36.stamp  ## every test, with the slow ones
-	TASKMOE_OLDEST_TRITON=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	TASKMOE_OLDEST_TRITON=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest $(PYTEST_FAST) $(PYTEST_ARGS)
+	TASKMOE_OLDEST_TRITON=$(abspath $(VENV)/triton36) $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .

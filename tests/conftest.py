@@ -46,13 +46,20 @@ def _shared_memory() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir() if path.name.startswith(SHARED_MEMORY_PREFIXES)}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_memory_unchanged() -> Iterator[None]:
-    """Fails the session's last test when the suite has left buffers in /dev/shm."""
-    before = _shared_memory()
-    yield
-    left = _shared_memory() - before
-    assert not left, f"left in {SHARED_MEMORY}: {sorted(left)}"
+SHARED_BEFORE = pytest.StashKey[set[str]]()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SHARED_BEFORE] = _shared_memory()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails the run when the suite has left buffers in /dev/shm; one worker of several cannot tell."""
+    left = _shared_memory() - session.config.stash[SHARED_BEFORE]
+    if left and not hasattr(session.config, "workerinput"):
+        print(f"\nleft in {SHARED_MEMORY}: {sorted(left)}", file=sys.stderr)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 class RankPair:
@@ -149,9 +156,7 @@ class RankPair:
 
 
 @pytest.fixture(scope="session")
-def spawn_ranks(
-    tmp_path_factory: pytest.TempPathFactory, shared_memory_unchanged: None
-) -> Iterator[RankPair]:
+def spawn_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPair]:
     """`spawn_ranks(function, **kwargs) -> [result of rank 0, result of rank 1]`."""
     pair = RankPair(tmp_path_factory.mktemp("ranks"))
     yield pair
