@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
 EXIT_USER_ERROR = 2
@@ -98,7 +99,7 @@ def evaluate(tokens: list[str]) -> int:
     tokens = [token for token in tokens if token != "--json"]
     run, overrides = _positional(tokens, "eval", "RUN")
     if not Path(run).is_dir():
-        raise UsageError(f"{run}: no such run folder{_nearest_folder(Path(run))}")
+        raise UsageError(f"{run}: no such run folder{nearest_folder(Path(run))}")
     if split is not None and split not in ("train", "validation", "test"):
         near = difflib.get_close_matches(split, ("train", "validation", "test"), n=1, cutoff=0.0)[0]
         raise UsageError(f"--split: {split!r} is not one of train, validation, test; the nearest is {near!r}")
@@ -181,12 +182,6 @@ def _take_option(tokens: list[str], *names: str) -> tuple[str | None, list[str]]
         else:
             raise UsageError(f"{option}: a value is missing")
     return value, rest
-
-
-def _nearest_folder(path: Path) -> str:
-    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), siblings, n=1, cutoff=0.5)
-    return f"; the nearest is {near[0]}" if near else ""
 
 
 def _say(line: str, is_main: bool) -> None:
