@@ -92,7 +92,7 @@ def metrics(snapshot: Snapshot, first: Snapshot | None = None) -> dict[str, floa
 
     ``routing/dead_expert_frac`` is the share of all experts of all groups that are dead.
     """
-    found = _by_group(snapshot, first)
+    found = by_group(snapshot, first)
     if not found:
         return {}
     result = {}
@@ -123,8 +123,8 @@ def _earlier(first: Snapshot | None, group: str) -> Tensor | None:
     return None if first is None else first.gates.get(group)
 
 
-def _by_group(snapshot: Snapshot, first: Snapshot | None) -> dict[str, dict[str, float]]:
-    """{group: its numbers} of all groups with a task that has been seen."""
+def by_group(snapshot: Snapshot, first: Snapshot | None = None) -> dict[str, dict[str, float]]:
+    """{group: its :func:`group_metrics`, heads together} of all groups with a task that has been seen."""
     found = {g: group_metrics(gates, _earlier(first, g)) for g, gates in snapshot.gates.items()}
     return {group: numbers for group, numbers in found.items() if numbers}
 
