@@ -15,6 +15,7 @@ from taskmoe.moe.gates import GATES
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.moe.regularisation import build_penalties
+from taskmoe.moe.snapshot import build_recorder
 from taskmoe.moe.regularisers.kinds import read_regularisers
 from taskmoe.moe.targets import saved_modules
 from taskmoe.moe.tasks import TaskTable
@@ -128,6 +129,7 @@ def attach(
     attached = TaskMoEModel(model, config, table, placed.groups)
     prepare(kind, attached)
     attached.penalties = build_penalties(attached)
+    attached.recorder = build_recorder(attached)
     attached.set_trainable(("experts", "router", "task_embedding", "heads", "saved"))
     attached.not_run = placed.not_run
     return attached

@@ -28,6 +28,7 @@ from taskmoe.moe.tasks import TaskError
 
 if TYPE_CHECKING:
     from taskmoe.moe.regularisation import Penalties
+    from taskmoe.moe.snapshot import TokenGates
 
 
 class RowSpaceError(ValueError):
@@ -97,6 +98,7 @@ class Context:
         self.uniform = False  # the control: every expert alike
         self.instances: Tensor | None = None  # [B, D], an embedding of each sequence
         self.penalties: Penalties | None = None  # terms that join the loss inside the layers
+        self.recorder: TokenGates | None = None  # what to show the gates of tokens
         self.mask: Tensor | None = None  # [B, L], zero where a position is padding ...
         self.mask_part: str | None = None  # ... of this part of the model; None: of all
         self.vectors: Tensor | None = None  # [Tb, 1, D] of the tasks, for routers inside the layers
@@ -131,6 +133,11 @@ class Context:
     def penalise(self, x: Tensor, name: str, value: Tensor) -> Tensor:
         """``x`` unchanged; in the backward pass regulariser ``name``, here ``value``, joins the loss."""
         return x if self.penalties is None else self.penalties.add(x, name, value)
+
+    def record(self, module: torch.nn.Module, values: Tensor, slots: Tensor | None, plan: Plan) -> None:
+        """Show the gates that a layer gives its rows (as in :class:`TokenGate`) to whoever follows them."""
+        if self.recorder is not None:
+            self.recorder.add(module, values, slots, self, plan)
 
     def text_rows(self, plan: Plan, name: str, like: Tensor) -> Tensor:
         """[M], one for a row of module ``name``, zero for padding; dtype and device of ``like``.

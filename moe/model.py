@@ -33,6 +33,7 @@ from taskmoe.moe.token_routing import TokenRouting
 
 if TYPE_CHECKING:
     from taskmoe.moe.regularisation import Penalties
+    from taskmoe.moe.snapshot import TokenGates
 
 GROUPS = ("base", "experts", "router", "task_embedding", "heads", "saved")
 
@@ -56,6 +57,8 @@ class TaskMoEModel(nn.Module):
         self.routing = Routing(moe_config, groups, tasks)
         self.moe_config, self.tasks = moe_config, tasks
         self.penalties: Penalties | None = None  # see moe/regularisation.py
+        self.recorder: TokenGates | None = None  # of what tokens choose, where layers route them
+        self._recording = False
         self.not_run: list[str] = []  # targets that the dry run left out: a forward pass never runs them
         self._mode = "routed"  # routed | uniform | off
         self._gate: str | None = None  # of use_gate; None: that of moe_config
@@ -130,6 +133,7 @@ class TaskMoEModel(nn.Module):
         context.temperature, context.uniform = self.routing.temperature, self._mode == "uniform"
         context.split = None if parts is None else splitter(parts, context.tasks, context.halves)
         context.penalties = self.penalties if self.training else None
+        context.recorder = self.recorder if self._recording else None
         context.checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self._checkpointed)
         if self.routing.router is not None:
             self._route(context, parts)
@@ -196,6 +200,15 @@ class TaskMoEModel(nn.Module):
     def uniform_gates(self) -> Any:
         """Context manager: every expert gets the gate 1 / E, whatever the task (the control for routing)."""
         return self._in_mode("uniform")
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context manager: ``recorder``, if there is one, is shown the gates of tokens."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
 
     @torch.no_grad()
     def gates(self) -> dict[str, Tensor]:

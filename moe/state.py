@@ -1,5 +1,6 @@
 """Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json; beside them
-task_vectors.safetensors, where vectors of tasks came from a file. The config's gate and temperature are those
+task_vectors.safetensors, where vectors of tasks came from a file, and routing.safetensors, the gates of all
+tasks (:mod:`taskmoe.moe.snapshot`), which nothing but people reads. The config's gate and temperature are those
 that the model had when it was saved: in a run, those of the phase."""
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from taskmoe.moe.banks.base import Bank
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.layer import MoELinear
 from taskmoe.moe.model import TaskMoEModel, task_dims
 from taskmoe.moe.new_tasks import row_of_new_tasks, rule_of
 from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.moe.representations.files import write_vectors
+from taskmoe.moe.snapshot import FILE as ROUTING
+from taskmoe.moe.snapshot import take
 from taskmoe.moe.tasks import TaskTable
 
 WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
@@ -65,6 +69,9 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
         config["frozen"] = True  # imported experts that do not train
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
+    take(model).save(folder / ROUTING)
+    if model.recorder is not None:
+        model.recorder.save(folder)
     if (model.moe_config.representation_options or {}).get("path"):
         names = [f"routing.representation.{n}" for n in ("vectors_TD", "embedding_TD")]
         vectors_TD = next(state[n] for n in names if n in state)
@@ -143,9 +150,14 @@ def load_adapter(model: TaskMoEModel, folder: str | Path) -> None:
         if name in dims:
             rule = rule_of(model, name, parameter)
             values[name] = _grown(name, state[name], parameter, dims[name], rule)
+    if model.recorder is not None:
+        model.recorder.load(folder)
     with torch.no_grad():  # only now: an error leaves the model as it was
         for name, parameter in own.items():
             parameter.copy_(values[name])
+    for layer in model.modules():
+        if isinstance(layer, MoELinear) and layer.token_routing is not None:
+            layer.token_routing.router.begin(layer.bank)  # type: ignore[union-attr,operator]
 
 
 def _grown(name: str, value: Tensor, parameter: Tensor, axis: int, rule: str) -> Tensor:

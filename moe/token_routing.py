@@ -29,7 +29,7 @@ class TokenRouting(nn.Module):
         self.router.name = name
         self.gate, self.top_k, self.name = GATES[config.gate], config.top_k, name
         self.gate_options = options_of("gate", config, self.gate)
-        self.num_experts = config.num_experts
+        self.num_experts = self.num_gates = config.num_experts
 
     def forward(self, x_MK: Tensor, context: Context, plan: Plan) -> TokenGate:
         """x_MK: [M, K] floating."""
@@ -44,6 +44,7 @@ class TokenRouting(nn.Module):
             tiny = torch.finfo(torch.float32).eps / 2
             noise = torch.rand_like(logits_ME).clamp(tiny, 1 - tiny)
         values, slots = self.gate(logits_ME, context.temperature, self.top_k, noise, self.gate_options)
+        context.record(self, values, slots, plan)
         if context.penalties is not None:
             values = context.penalties.on_tokens(values, slots, logits_ME, context, plan, self.name)
         return TokenGate(values, slots, context.split)

@@ -60,8 +60,9 @@ class FusionAttention(Bank):
     splits: ClassVar[bool] = True
     weighs_all: ClassVar[bool] = True
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, dropout: float, num_experts: int) -> None:
         super().__init__()
+        self.num_gates = num_experts
         self.query_NN = nn.Parameter(torch.randn(width, width) * INIT_STD)
         self.key_NN = nn.Parameter(torch.randn(width, width) * INIT_STD)
         self.value_NN = nn.Parameter(_nearly_identity(width))
@@ -82,7 +83,9 @@ class FusionAttention(Bank):
             u_MN = _linear(q_MN, key_GNN.transpose(1, 2), plan)
             keys_MR = shrink(u_MN, [up_GEsN], [None], plan)[0]
             scores_ME = (keys_MR * h_MR).unflatten(1, (E, s)).sum(2)
-            p_ME = self.dropout(torch.softmax(scores_ME / context.temperature, dim=1))
+            p_ME = torch.softmax(scores_ME / context.temperature, dim=1)
+            context.record(self, p_ME, None, plan)
+            p_ME = self.dropout(p_ME)
         mixed_MR = (h_MR.unflatten(1, (E, s)) * p_ME.unsqueeze(2)).flatten(1)
         z_MN = expand(mixed_MR, None, up_GEsN, ones_TE, None, 1.0, plan, y_MN.dtype)
         return y_MN + _linear(z_MN, value_GNN, plan).to(y_MN.dtype)
@@ -103,8 +106,9 @@ class TaskFusionAttention(Bank):
     weighs_all: ClassVar[bool] = True
     task_dims: ClassVar[dict[str, int]] = {"query_TNN": 0, "key_TNN": 0, "value_TNN": 0}
 
-    def __init__(self, width: int, dropout: float, num_tasks: int) -> None:
+    def __init__(self, width: int, dropout: float, num_experts: int, num_tasks: int) -> None:
         super().__init__()
+        self.num_gates = num_experts
         self.query_TNN = nn.Parameter(torch.randn(num_tasks, width, width) * INIT_STD)
         self.key_TNN = nn.Parameter(torch.randn(num_tasks, width, width) * INIT_STD)
         self.value_TNN = nn.Parameter(_nearly_identity(width).repeat(num_tasks, 1, 1))
@@ -168,10 +172,11 @@ class Fusion(BehindBlocks):
         replaced: dict[str, nn.Module] = {}
         for name, bank in banks.items():
             attention: FusionAttention | TaskFusionAttention
+            width = blocks[name].width
             if options.per_task:
-                attention = TaskFusionAttention(blocks[name].width, options.dropout, len(table))
+                attention = TaskFusionAttention(width, options.dropout, config.num_experts, len(table))
             else:
-                attention = FusionAttention(blocks[name].width, options.dropout)
+                attention = FusionAttention(width, options.dropout, config.num_experts)
             replaced[name] = BlockOutput(blocks[name].linear, FusedAdapters(bank, attention), name)
         return replaced, groups
 

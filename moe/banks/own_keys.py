@@ -44,6 +44,7 @@ class OwnKeysBank(CoreBank):
         if not self.options.temperature > 0:
             raise ConfigError(f"moe.bank_options.temperature: {self.options.temperature} must be above 0")
         self.B_RN = nn.Parameter(torch.zeros(r, d_out))
+        self.num_gates = r
 
     def forward(
         self, x_MK: Tensor, y_MN: Tensor, gate: Context, plan: Plan, weight_NK: Tensor | None = None
@@ -57,6 +58,7 @@ class OwnKeysBank(CoreBank):
             n_MR = nn.functional.normalize(s_MR, dim=1)
             largest_Mk, slots_Mk = n_MR.topk(self.options.top_k, dim=1)
             chosen_Mk = torch.softmax(largest_Mk / self.options.temperature, dim=1)
+            gate.record(self, chosen_Mk, slots_Mk, plan)
             gates_MR = torch.zeros_like(s_MR).scatter(1, slots_Mk, chosen_Mk)
         ones_TR = s_MR.new_ones(plan.num_tasks, s_MR.shape[1])
         return expand(gates_MR * s_MR, y_MN, B_GRN.unsqueeze(2), ones_TR, None, self.scale, plan)

@@ -19,6 +19,7 @@ from taskmoe.moe import (
     load_adapter,
 )
 from taskmoe.moe.collapse import save_lora
+from taskmoe.moe.snapshot import FILE as ROUTING
 from taskmoe.moe.state import CONFIG, TASKS, WEIGHTS, read_config, save_adapter
 
 OLD, NEW = ["a", "b"], ["a", "b", "c", "d"]
@@ -113,7 +114,7 @@ def test_saved_modules_come_back(tiny, shaken, batch, head, tmp_path):
 
 def test_what_is_written(saved):
     model, folder = saved()
-    assert sorted(p.name for p in folder.iterdir()) == sorted([WEIGHTS, CONFIG, TASKS])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([WEIGHTS, CONFIG, TASKS, ROUTING])
     state = load_file(folder / WEIGHTS)
     assert state.keys() == set(model.trainable_names())
     assert not any("base.weight" in n for n in state), "the base is not written"
