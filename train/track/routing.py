@@ -181,25 +181,19 @@ def cluster(similarity_TT: Tensor) -> Clustering:
     T = len(similarity_TT)
     unknown_T = similarity_TT.diagonal().isnan()
     seen, unseen = (~unknown_T).nonzero().flatten().tolist(), unknown_T.nonzero().flatten().tolist()
-    rows = _tree(similarity_TT[seen][:, seen], ordered=True) if len(seen) > 1 else np.empty((0, 4))
-    names = np.array([*seen, *range(T, T + len(rows))])  # scipy numbers the seen alone: from its ids to ours
-    if len(rows):
-        rows[:, :2] = names[rows[:, :2].astype(int)]
-    tree, top, size = list(rows), T + len(rows) - 1 if len(seen) > 1 else None, len(seen)
-    if len(seen) == 1:
-        top = seen[0]
-    for task in unseen:
-        size += 1
-        if top is None:
-            top = task
-            continue
-        tree.append(np.array([top, task, UNSEEN_HEIGHT, size]))
-        top = T + len(tree) - 1
-    Z = np.array(tree).reshape(-1, 4)
-    return Clustering(leaves_list(Z).tolist() if len(Z) else list(range(T)), Z, unseen)
+    tree = _tree(similarity_TT[seen][:, seen], ordered=True).tolist()
+    names = [*seen, *range(T, T + len(tree))]  # scipy numbers the seen alone: from its ids to ours
+    tree = [[names[int(a)], names[int(b)], height, size] for a, b, height, size in tree]
+    roots = [*([T + len(tree) - 1] if tree else seen), *unseen]
+    for i, task in enumerate(roots[1:]):
+        tree.append([T + len(tree) - 1 if i else roots[0], task, UNSEEN_HEIGHT, len(tree) + 2])
+    Z = np.array(tree, dtype=float).reshape(-1, 4)
+    return Clustering(leaves_list(Z).tolist() if tree else list(range(T)), Z, unseen)
 
 
 def _tree(similarity_TT: Tensor, ordered: bool) -> np.ndarray:
+    if len(similarity_TT) < 2:
+        return np.empty((0, 4))
     distances_TT = (1 - similarity_TT.double()).nan_to_num(1.0)
     distances_TT[distances_TT < _EQUAL] = 0
     return linkage(squareform(distances_TT.numpy(), checks=False), "average", optimal_ordering=ordered)

@@ -158,8 +158,8 @@ def _conflict(
         for i in order[: min(count, _NAMED)]
     ]
     return (
-        f"{count} of {len(order)} pairs of tasks fight, with gradients of a cosine under {OPPOSED} in the last "
-        f"step recorded; most of all {', '.join(worst)}."
+        f"{count} of {len(order)} pairs of tasks fight, with gradients of a cosine under {OPPOSED} in the "
+        f"last step recorded; most of all {', '.join(worst)}."
     )
 
 
