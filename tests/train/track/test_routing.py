@@ -223,8 +223,10 @@ def test_few_tasks(diagonal: list[float]):
 
 
 def test_tasks_that_cannot_be_told_apart_are_one_cluster():
-    alike = torch.rand(1, 1, 4).expand(5, 1, 4)
-    assert cluster(similarity(task_level(a=alike))).labels(3) == [0] * 5
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.rand(9, 1, 1, generator=draw) + 0.5  # of the same shares, but for rounding
+    alike = torch.rand(1, 1, 7, generator=draw) * sizes
+    assert cluster(similarity(task_level(a=alike))).labels(3) == [0] * 9
 
 
 def test_a_map_in_two_dimensions_keeps_the_distances():
@@ -269,8 +271,11 @@ def test_p_values_of_groups_that_mean_nothing_are_spread():
     assert 0.3 < sum(p) / len(p) < 0.8 and sum(x <= 0.05 for x in p) <= 6
 
 
-def test_the_p_value_counts_shuffles_with_a_rand_index_at_least_as_large():
-    snapshot, own = families([3, 3, 3], noise=2.0, seed=3)
+@pytest.mark.parametrize(
+    "noise", [0.3, 2.0]
+)  # with the first, a few shuffles are as good, and none is better
+def test_the_p_value_counts_shuffles_with_a_rand_index_at_least_as_large(noise: float):
+    snapshot, own = families([3, 3, 3], noise, seed=3)
     C_TT = similarity(snapshot)
     found = against_groups(C_TT, own)
     assert found is not None
