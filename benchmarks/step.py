@@ -2,6 +2,7 @@
 
     python benchmarks/step.py            # about two minutes
     python benchmarks/step.py --json     # the same, and one JSON object as the last line
+    python benchmarks/step.py --track    # instead: what following a run costs, of configs/quickstart.yaml
 
 A Llama (width 256, 4 layers, made from its config) with adapters of the same active rank on every linear
 layer. One step is forward, backward and AdamW. The variants take turns, a step each, so that a busy machine
@@ -12,10 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import peft
 import torch
@@ -110,6 +114,28 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True))
 
 
+def tracked(steps: int) -> dict[str, float]:
+    """A run of configs/quickstart.yaml with its default following, wandb offline, without evaluations.
+
+    Returns seconds from its first step to its last line, and those of them that went into measuring, logging
+    and drawing (the tables and images of the end with them).
+    """
+    from taskmoe.train.config_io import load
+    from taskmoe.train.loop import train
+    from taskmoe.train.track.log import END, read_log
+
+    os.environ["WANDB_MODE"] = "offline"
+    quickstart = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"max_steps": steps, "output_dir": f"{folder}/run", "eval_steps": "null",
+                    "evaluation.max_rows": 1, "evaluation.controls": "false"}  # fmt: skip
+        train(load(str(quickstart), [f"--{key}={value}" for key, value in settings.items()]))
+        lines = read_log(f"{folder}/run/trainer_log.jsonl")
+    whole = next(line["time"]["seconds"] for line in reversed(lines) if line["kind"] == "train")
+    spent = next(line["time"]["tracking_seconds"] for line in lines if line["kind"] == END)
+    return {"seconds": whole, "tracking_seconds": spent, "tracking_share": spent / whole}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", nargs="+", default=["16x128", "16x8"], help="sequences x tokens")
@@ -118,8 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--track", type=int, nargs="?", const=600, metavar="STEPS",
+                        help="measure what following a run of so many steps costs (600)")  # fmt: skip
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.track is not None:
+        cost = tracked(options.track)
+        print(f"\n{cost['tracking_seconds']:.2f} s of {cost['seconds']:.1f} s: {cost['tracking_share']:.2%}")
+        if options.json:
+            print(json.dumps(cost))
+        return
 
     steps = {name: trainer(name, options.width, options.layers) for name in VARIANTS}
     result: dict[str, object] = {

@@ -73,8 +73,10 @@ class TokenGates:
         self.places = token_places(model)
         self._names = {id(module): name for name, module in self.places.items()}
         self._now: dict[str, Tensor] = {}  # {layer: [T, E + 1] float64}: sums of gates, and of rows
-        self._all = {n: torch.zeros(self.num_tasks, m.num_gates + 1, dtype=torch.float64)  # type: ignore[operator]
-                     for n, m in self.places.items()}  # fmt: skip
+        self._all: dict[str, Tensor] = {}
+        for name, module in self.places.items():
+            size = (self.num_tasks, int(module.num_gates) + 1)  # type: ignore[arg-type]
+            self._all[name] = torch.zeros(size, dtype=torch.float64)
 
     @torch.no_grad()
     def add(

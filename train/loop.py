@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,27 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe import TaskMoEModel, TaskTable
+from taskmoe.moe.snapshot import TokenGates
 from taskmoe.moe.state import load_adapter, save_adapter
 from taskmoe.train import checkpoint, run_folder
 from taskmoe.train.batches import build_batches, rows_per_step
 from taskmoe.train.config import Config
 from taskmoe.train.distributed import Ranks, all_sum, init, shutdown
-from taskmoe.train.engine import Engine, TrainingError
+from taskmoe.train.engine import Engine, Still
 from taskmoe.train.evaluate import evaluate, evaluate_controls, primary_metrics
+from taskmoe.train.following import Following
 from taskmoe.train.instances import begin as begin_instances
 from taskmoe.train.meter import Meter
 from taskmoe.train.micro_batch import learn
-from taskmoe.train.mixing import excess, rates
 from taskmoe.train.nearest import start_from_nearest
 from taskmoe.train.objectives import Counts, count
 from taskmoe.train.schedule import Phase, learning_rates, phase_at, resolve_phases
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.signals import StopRequest
 from taskmoe.train.step_balancing import build_balancing, learns_from_validation
-from taskmoe.train.step_surgery import surgery_line
-from taskmoe.train.summary import controls_table, phase_lines
+from taskmoe.train.summary import controls_table
 from taskmoe.train.task_vectors import with_task_vectors
 from taskmoe.train.together import as_one
-from taskmoe.train.track.tracker import Tracker
 from taskmoe.train.weights import (
     all_weights,
     base_state,
@@ -101,8 +99,8 @@ class Run:
                 self.batches.load_state_dict(self.state["batches"])
             if self.resumed:
                 self.balancing.load(self.resumed)
-        self._logged_at = time.monotonic()
         self.carried: dict[str, Tensor] | None = None  # all weights, from one phase to the next
+        self.recorder: TokenGates | None = None  # the same of what tokens chose
         self.engine: Engine
         self.model: TaskMoEModel
         self._moved = self._checked = False  # since the phase began: an update of the weights, the gradients
@@ -112,7 +110,9 @@ class Run:
         with as_one():
             if ranks.is_main:
                 run_folder.prepare(config, self.tasks, self.data.tokenizer, self.resumed)
-        self.tracker = Tracker(config, self.folder, ranks, self.tasks, self.state.get("tracker"))
+        self.following = Following(
+            config, self.folder, ranks, self.tasks, self.meter, self.state.get("tracker")
+        )
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -121,17 +121,23 @@ class Run:
         status = "failed"
         try:
             for line in self.balancing.remarks([p.mixing.strategy for p in self.phases]):
-                self.tracker.line(line)
+                self.following.line(line)
             for phase in self.phases[self.first.index :]:
                 if phase is not self.first:
                     self._leave()
                     self._enter(phase)
                 if self.step < phase.end:
-                    self._announce(phase)
-                else:
-                    self.tracker.line(f"nothing left after step {self.step}; raise max_steps to go on")
+                    self.following.announce(
+                        phase, self.step, self.model, self.engine, self.batches, self.rows_per_step,
+                        self.added if phase is self.first else (),
+                    )  # fmt: skip
+                elif self.step:
+                    self.following.line(f"nothing left after step {self.step}; raise max_steps to go on")
                 if self._train(phase):
                     break
+            if not self.config.max_steps:
+                self._evaluate()
+                self._save()
             if self.stop.exit_code:
                 status = "interrupted"
                 return self.stop.exit_code
@@ -139,7 +145,7 @@ class Run:
             status = "finished"
             return 0
         finally:
-            self.tracker.close(status)
+            self.following.close(status)
 
     def _train(self, phase: Phase) -> bool:
         """Train to the end of the phase. Returns whether the run ends early."""
@@ -148,10 +154,13 @@ class Run:
         with mode:
             while self.step < phase.end:
                 norm, rate = self._step(phase)
-                self.tracker.advance(self.step)
+                self.following.tracker.advance(self.step)
                 last = self.step == self.config.max_steps
-                if self.step % every.logging_steps == 0 or last:
-                    self._log(norm, rate)
+                if self.following.logs(self.step):
+                    self.following.log(
+                        self.step, self.model, self.engine, self.balancing, self.batches.sampler.rates, norm,
+                        rate,
+                    )  # fmt: skip
                 save = last or bool(every.save_steps and self.step % every.save_steps == 0)
                 reason = self.stop.agreed()
                 self.evaluated = None
@@ -159,10 +168,12 @@ class Run:
                 if reason is None and (last or (every.eval_steps and self.step % every.eval_steps == 0)):
                     improved, patience_over = self._evaluate()
                     save = save or improved
+                if self.following.shows(self.step, self.evaluated is not None):
+                    self.following.show(self.step, self.model, self.evaluated)
                 if save or reason is not None or patience_over:
                     self._save()
                 if reason is not None:
-                    self.tracker.line(
+                    self.following.line(
                         f"stopped by {reason} after step {self.step}; saved {self._path(self.step)}. "
                         "Go on with --resume_from_checkpoint true"
                     )
@@ -170,7 +181,7 @@ class Run:
                 if patience_over:
                     assert self.best is not None
                     what, when = every.metric_for_best_model, self.best["step"]
-                    self.tracker.line(f"stopped early: no better {what} since step {when}")
+                    self.following.line(f"stopped early: no better {what} since step {when}")
                     return True
         return False
 
@@ -190,7 +201,7 @@ class Run:
             self.engine.surgery.begin(self.step, counts, parts)
         if self.engine.regularisers is not None:
             self.engine.regularisers.begin(counts)
-        with self.engine.accumulate():
+        with self.engine.accumulate(), self.following.watching(self.model, self.step + 1):
             for i, batch in enumerate(batches):
                 sums_T = learn(self.engine, batch, counts, weights_T, config, self.ranks.device, i)
                 self.meter.add(sums_T)
@@ -218,6 +229,8 @@ class Run:
             fresh = fresh_weights(self.model, groups)
             if self.carried is not None:
                 load_all_weights(self.model, self.carried)
+                if self.model.recorder is not None and self.recorder is not None:
+                    self.model.recorder.go_on(self.recorder)
             elif self.resumed is not None:
                 load_base(self.model, self.resumed)
                 load_adapter(self.model, self.resumed)
@@ -230,7 +243,10 @@ class Run:
                 self.model.use_gate(phase.gate)
         if self.added and self.carried is None and self.config.moe.new_task_rows == "nearest":
             self._start_added_tasks()
-        self.engine = Engine(self.model, self.config, phase, self.ranks)
+        if phase.steps:
+            self.engine = Engine(self.model, self.config, phase, self.ranks)
+        else:
+            self.engine = Still(self.model)
         if rng is not None:
             checkpoint.set_rng_state(rng)
         elif self.resumed is not None:
@@ -259,56 +275,10 @@ class Run:
         """Take all weights along and give the engine back."""
         with self.engine.gathered(dict(self.model.named_parameters())):
             self.carried = all_weights(self.model)
+        self.recorder = self.model.recorder
         self.engine.close()
 
-    def _announce(self, phase: Phase) -> None:
-        """Set the mixture of a phase and say what will happen."""
-        sampler, names = self.batches.sampler, self.tasks.names
-        budget = phase.steps * self.rows_per_step
-        beyond = 0
-        if self.step == phase.start or self.added:
-            beyond = excess(phase.mixing, self.sizes, names, budget, sampler.drawn)
-            sampler.set_rates(rates(phase.mixing, self.sizes, names, budget, sampler.drawn))
-        self.tracker.line(
-            f"phase {phase.name}: steps {self.step} to {phase.end}, {self.rows_per_step} rows a step, "
-            f"{self.ranks.world_size} rank(s), ZeRO {self.engine.stage}"
-        )
-        if self.added and phase is self.first:
-            self.tracker.line(f"new tasks: {', '.join(self.added)}; the optimiser starts anew")
-        for line in phase_lines(phase, self.model, self.sizes, sampler.rates, budget, beyond):
-            self.tracker.line(line)
-        if combining := surgery_line(self.config.surgery, self.engine.surgery):
-            self.tracker.line(combining)
-        if self.ranks.is_main:
-            listed = "".join(f"{name}\n" for name in self.model.trainable_names())
-            (self.folder / "trainable.txt").write_text(listed, encoding="utf-8")
-
-    # -- following along -------------------------------------------------------------------------------------
-
-    def _log(self, norm: float | None, rate: dict[str, float]) -> None:
-        tokens, now = self.meter.tokens, time.monotonic()
-        metrics = self.meter.read()
-        metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
-        self._logged_at = now
-        metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
-        surgery = self.engine.surgery
-        if surgery is not None:
-            more, lines = surgery.report(self.step)
-            metrics.update(more)
-            for line in lines:
-                self.tracker.line(line)
-        rates_T, weighed = self.batches.sampler.rates, surgery is None or surgery.weighs
-        metrics.update(self.balancing.report(rates_T, self.meter, metrics, weighed=weighed))
-        if self.engine.regularisers is not None:
-            metrics.update(self.engine.regularisers.report())
-        if norm is not None:
-            metrics["train/grad_norm"] = norm
-        self.tracker.log_train(self.step, metrics)
-        bad = [k.rpartition("/")[2] for k, v in metrics.items() if k.startswith("train/loss/") and v != v]
-        if bad:
-            raise TrainingError(
-                f"step {self.step}: the loss of {', '.join(bad)} is not a number; lower the learning rate"
-            )
+    # -- looking ---------------------------------------------------------------------------------------------
 
     def _check_gradients(self) -> None:
         """Does everything train? Asked once a phase, after the first update that moved the weights: while B
@@ -317,7 +287,7 @@ class Run:
         zero = self.engine.gradient_report()
         if zero:
             shown = ", ".join(zero[:8]) + (" ..." if len(zero) > 8 else "")
-            self.tracker.line(
+            self.following.line(
                 f"{len(zero)} trainable tensor(s) have a zero gradient at step {self.step + 1} "
                 f"(never routed, or not reached by the loss): {shown}"
             )
@@ -328,9 +298,7 @@ class Run:
         if not any(len(s.tokens) for s in splits):
             return False, False
         self.evaluated = results = evaluate(self.model, *self._evaluation())
-        tasks = {t.slug: results["tasks"][t.name] for t in self.tasks if t.name in results["tasks"]}
-        shown = {**tasks, "macro": results["macro"], "score": results["score"]}
-        self.tracker.log_eval(self.step, shown)
+        self.following.evaluated(self.step, results)
         by_loss = self.config.metric_for_best_model == "loss"
         value = -results["macro"]["loss"] if by_loss else results["score"]
         improved = self.best is None or value > self.best["value"]
@@ -356,8 +324,8 @@ class Run:
                 text = json.dumps(found, indent=1, ensure_ascii=False)
                 (self.folder / "eval_results.json").write_text(text + "\n", encoding="utf-8")
             for line in controls_table(self.tasks, arms, self.meter.epochs()):
-                self.tracker.line(line)
-        self.tracker.line(f"run folder: {self.folder}")
+                self.following.line(line)
+        self.following.line(f"run folder: {self.folder}")
 
     # -- saving and resuming ---------------------------------------------------------------------------------
 
@@ -373,13 +341,14 @@ class Run:
             "batches": self.batches.state_dict(),
             "meter": self.meter.state_dict(),
             "best": self.best,
-            "tracker": self.tracker.state_dict(),
+            "tracker": self.following.tracker.state_dict(),
         }
         keep = {self.best["step"]} if self.best else set()
         checkpoint.save(
             self.folder, self.step, self._write, state, self.config.save_total_limit, keep, self.ranks
         )
         self.saved_step = self.step
+        self.following.saved(self.step, self._path(self.step))
 
     def _write(self, folder: Path) -> None:
         """This rank's part of a checkpoint."""

@@ -24,6 +24,8 @@ OWN_FILES = (
     "eval_results.json",
     "latest",
     "wandb",
+    "routing",
+    "report.html",
 )
 
 

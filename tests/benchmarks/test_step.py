@@ -44,3 +44,10 @@ def test_every_variant_adapts_the_same_linears(step_benchmark) -> None:
         }
     assert len(trainable["lora"]) == 2 * 7
     assert all(names == trainable["lora"] for names in trainable.values())
+
+
+def test_what_following_a_run_costs(step_benchmark, capsys) -> None:
+    step_benchmark["main"](["--track", "4", "--json"])  # type: ignore[operator]
+    cost = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < cost["tracking_seconds"] < cost["seconds"]
+    assert cost["tracking_share"] == cost["tracking_seconds"] / cost["seconds"]

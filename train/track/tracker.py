@@ -11,6 +11,8 @@ from taskmoe.moe.tasks import TaskTable
 from taskmoe.train.config import Config
 from taskmoe.train.track.console import ConsoleView
 from taskmoe.train.track.log import END, JsonlLog
+from taskmoe.train.track.media import Media
+from taskmoe.train.track.routing import group_keys
 from taskmoe.train.track.wandb_log import WandbLog
 
 LOG_NAME = "trainer_log.jsonl"
@@ -87,6 +89,21 @@ class Tracker:
         ]
         self._console.line(f"evaluation at step {step}: {'  '.join(shown) or f'{len(flat)} values'}")
 
+    def log_media(self, step: int, media: Media) -> None:
+        """Record the routing group by group; in wandb as tables and images too."""
+        if not self.speaks:
+            return
+        self._step = max(self._step, step)
+        if media.snapshot is not None:
+            self._log.write(step, "routing", group_keys(media.snapshot, media.first))
+        if self._wandb is not None:
+            self._wandb.log_media(step, media)
+
+    def log_checkpoint(self, step: int, folder: Path) -> None:
+        """Tell wandb of a checkpoint."""
+        if self.speaks and self._wandb is not None:
+            self._wandb.log_checkpoint(step, folder)
+
     def line(self, text: str) -> None:
         """Print a text."""
         if self.speaks:
@@ -99,12 +116,16 @@ class Tracker:
         run_id = self._wandb.run_id if self._wandb is not None else None
         return {"step": self._step, "seconds": self._clock() - self._began, "wandb_run_id": run_id}
 
-    def close(self, status: str = "finished") -> None:
-        """End the run; ``status`` is ``finished``, ``interrupted`` or ``failed``. May be called twice."""
+    def close(self, status: str = "finished", time: Mapping[str, float] | None = None) -> None:
+        """End the run; ``status`` is ``finished``, ``interrupted`` or ``failed``. May be called twice.
+
+        time: seconds to write down beside those of the whole run.
+        """
         if not self.speaks:
             return
         self.speaks = False
-        self._log.write(self._step, END, {"status": status}, {"seconds": self._clock() - self._began})
+        seconds = {**(time or {}), "seconds": self._clock() - self._began}
+        self._log.write(self._step, END, {"status": status}, seconds)
         self._log.close()
         self._console.close()
         if self._wandb is not None:
