@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from a folder or the hub, or built from a config."""
+"""The base model and its tokenizer: from a folder, the hub or an earlier run, or built from a config."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from taskmoe.moe.config import ConfigError
 from taskmoe.moe.tasks import TaskTable
 from taskmoe.train.config import Config
+from taskmoe.train.earlier_run import earlier_run
 from taskmoe.train.vocabulary import train_tokenizer
 
 # Set here from the tokenizer and the tasks; a value in the settings would contradict them.
@@ -53,7 +55,8 @@ def build_tokenizer(config: Config, texts: Iterable[str] = ()) -> PreTrainedToke
     if config.model_name_or_path is None:
         assert config.model is not None
         return train_tokenizer(config.tokenizer, _model_type(config.model), texts)
-    path = _checked_path(config.model_name_or_path)
+    run = earlier_run(config.model_name_or_path)
+    path = _checked_path(config.model_name_or_path) if run is None else str(run.tokenizer)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except LOAD_ERRORS as error:
@@ -82,6 +85,12 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: TaskT
             in ``model:``, missing weights, a vocabulary or a length the model has no embeddings for.
     """
     _require_one_source(config)
+    if (run := earlier_run(config.model_name_or_path)) is not None:
+        its = run.config()
+        same = replace(config, model=its.model, model_name_or_path=its.model_name_or_path)
+        built = build_model(same, tokenizer, tasks)
+        run.load_base(built)
+        return built
     base_trains = any("base" in phase.train for phase in config.phases)
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if config.bf16 and not base_trains else torch.float32}
     if config.attn_implementation is not None:
@@ -160,12 +169,15 @@ def _checked_path(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model_name_or_path: {name!r} is not a model folder (it has no config.json)")
+            raise ConfigError(
+                f"model_name_or_path: {name!r} is neither a model folder (it has no config.json) nor a run's"
+            )
         return str(path)
     if path.is_file():
         raise ConfigError(f"model_name_or_path: {name!r} is a file; give the folder that holds config.json")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name or not name:
-        raise ConfigError(f"model_name_or_path: no such folder {name!r}")
+        hint = "; `taskmoe train` makes that of a run" if "runs" in path.parts else ""
+        raise ConfigError(f"model_name_or_path: no such folder {name!r}{hint}")
     return name
 
 
