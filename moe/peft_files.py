@@ -18,6 +18,7 @@ from torch import Tensor
 
 from taskmoe.moe.config import ConfigError
 
+CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings under which a LoRA is more than B A x, and the value that it must have instead.
 PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
@@ -81,7 +82,7 @@ def read_lora(folder: str | Path, key: str) -> Lora:
 
 
 def _config(folder: Path, key: str) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
+    path = folder / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -34,6 +34,9 @@ class Bank(nn.Module):
     task_dims: ClassVar[dict[str, int]] = {}
     moving: ClassVar[tuple[str, ...]] = ()
 
+    def begin(self, experts: Bank) -> None:
+        """Called on a router of tokens once the experts of its layer came with values, or were loaded."""
+
     def after_step(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Called once after each optimiser step, on all ranks; add_up: the sum of a tensor over the ranks."""
 

@@ -6,8 +6,10 @@ Legend: E experts, r the largest rank, K d_in, N d_out.
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +20,7 @@ from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.banks.on_linears import OnLinears
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.options import options_of
-from taskmoe.moe.peft_files import Lora, read_lora
+from taskmoe.moe.peft_files import CONFIG, Lora, read_lora
 from taskmoe.moe.targets import features
 from taskmoe.moe.tasks import TaskTable
 
@@ -41,7 +43,8 @@ class Imported:
 
     @dataclass(frozen=True)
     class Options:
-        adapters: tuple[str, ...] = ()  # folders that peft wrote, one an expert
+        # folders that peft wrote, one an expert; or one string: the folder that holds them, or a pattern (*)
+        adapters: str | tuple[str, ...] = ()
         train: bool = False  # whether the experts go on training
 
     @classmethod
@@ -57,8 +60,7 @@ class Imported:
         """See :class:`taskmoe.moe.banks.base.BankKind`.
 
         Raises:
-            ConfigError: a folder that cannot be used, modules or sizes that the model does not have, or
-            another
+            ConfigError: a folder that cannot be used, modules or sizes that the model does not have, another
                 number of experts.
         """
         options = options_of("bank", config, cls)
@@ -70,6 +72,8 @@ class Imported:
         for name, linear in placed.replaced.items():
             _fill(linear.bank, name, loras)  # type: ignore[arg-type]
             linear.bank.frozen = not options.train  # type: ignore[union-attr]
+            if linear.token_routing is not None:
+                linear.token_routing.router.begin(linear.bank)  # type: ignore[union-attr,operator]
         return placed
 
     @classmethod
@@ -80,12 +84,33 @@ class Imported:
         attached.moe_config = _as_low_rank(config, _read(options.adapters, config.num_experts))
 
 
-def _read(folders: Sequence[str], num_experts: int) -> list[Lora]:
+def _read(adapters: str | Sequence[str], num_experts: int) -> list[Lora]:
+    folders = _inside(adapters) if isinstance(adapters, str) else adapters
     if not folders:
         raise ConfigError(f"{KEY}: is empty; name the folders that peft wrote")
     if len(folders) != num_experts:
         raise ConfigError(f"moe.num_experts: {num_experts}, but {KEY} names {len(folders)}; give that")
     return [read_lora(folder, KEY) for folder in folders]
+
+
+def _inside(adapters: str) -> list[str]:
+    """The folders with an adapter in a folder, or those that match a pattern, in the order of their names.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    path = Path(adapters).expanduser()
+    if (path / CONFIG).is_file():
+        return [str(path)]
+    pattern = str(path) if glob.has_magic(adapters) else f"{glob.escape(str(path))}/*"
+    found = sorted(f for f in glob.glob(pattern) if (Path(f) / CONFIG).is_file())
+    if not found:
+        what = "holds no adapters" if path.is_dir() else "is missing"
+        raise ConfigError(
+            f"{KEY}: {adapters} {what}; an adapter is a folder with {CONFIG}, made by peft's save_pretrained "
+            "or, of a task of a run, by taskmoe.moe.save_lora"
+        )
+    return found
 
 
 def _as_low_rank(config: TaskMoEConfig, loras: Sequence[Lora]) -> TaskMoEConfig:

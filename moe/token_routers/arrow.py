@@ -38,8 +38,9 @@ def prototypes(A_ErK: Tensor, B_ErN: Tensor) -> Tensor:
 class ArrowRouter(Bank):
     """logits = |p_e x|, p_e the prototype of expert e (Arrow, Ostapenko et al. 2024, arXiv 2405.11157).
 
-    No parameters. prototypes_EK: [E, K], a buffer saved with the adapter, zero until :func:`set_prototypes`
-    takes them from a trained bank.
+    No parameters. prototypes_EK: [E, K], a buffer saved with the adapter. They are taken from experts that
+    have something to say when they are attached or loaded (``bank: imported``); of experts that are trained
+    here they stay zero until :func:`set_prototypes`.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts",)
@@ -56,6 +57,19 @@ class ArrowRouter(Bank):
         """x_MK: [M, K] floating -> [M, E] float32 (float64 for float64 rows)."""
         return (x_MK.to(torch.promote_types(x_MK.dtype, torch.float32)) @ self.prototypes_EK.T).abs()
 
+    @torch.no_grad()
+    def begin(self, experts: Bank) -> None:
+        """Take the prototypes, unless there are some or the experts have nothing to say yet."""
+        if isinstance(experts, LowRankBank) and not self.prototypes_EK.any() and experts.B_ErN.any():
+            self.take(experts)
+
+    @torch.no_grad()
+    def take(self, bank: LowRankBank) -> None:
+        """The prototypes of the experts as they are now; zero for one that adds nothing here."""
+        found_EK = prototypes(bank.A_ErK, bank.B_ErN)
+        found_EK *= bank.B_ErN.flatten(1).any(1, keepdim=True) & bank.A_ErK.flatten(1).any(1, keepdim=True)
+        self.prototypes_EK.copy_(found_EK)
+
 
 @torch.no_grad()
 def set_prototypes(model: TaskMoEModel) -> None:
@@ -70,7 +84,7 @@ def set_prototypes(model: TaskMoEModel) -> None:
         if isinstance(router, ArrowRouter):
             if not isinstance(layer.bank, LowRankBank):
                 raise ConfigError(f"moe.bank: {model.moe_config.bank!r} has no prototypes; use low_rank")
-            router.prototypes_EK.copy_(prototypes(layer.bank.A_ErK, layer.bank.B_ErN))
+            router.take(layer.bank)
             found = True
     if not found:
         raise ConfigError(f"moe.router: {model.moe_config.router!r} takes no prototypes; use arrow")

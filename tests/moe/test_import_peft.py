@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel
+from taskmoe.moe import ConfigError, TaskMoEConfig, TaskMoEModel, attach
 from taskmoe.moe.import_peft import import_peft
 
 peft = pytest.importorskip("peft")
@@ -56,6 +56,30 @@ def test_each_lora_is_pefts(saved, tiny, close):
         for i, name in enumerate(("sum", "sort", "copy", "sum")):
             theirs = of_peft(tiny, folders[list(LORAS).index(name)])(input_ids=inputs[i : i + 1]).logits
             close(out[i : i + 1], theirs)
+
+
+def test_a_folder_or_a_pattern_names_them_in_order(saved, tiny, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "list.txt").touch()
+    folders = sorted(saved())
+    found = {}
+    for adapters, number in ((tuple(map(str, folders)), 3), (str(tmp_path), 3), (f"{tmp_path}/s*", 2),
+                             (str(folders[0]), 1)):  # fmt: skip
+        config = TaskMoEConfig(bank="imported", bank_options={"adapters": adapters}, num_experts=number)
+        found[adapters] = attach(tiny("llama"), config, ["x"]).adapter_state_dict()
+    listed, inside, some, one = found.values()
+    assert listed.keys() == inside.keys() and all(torch.equal(inside[n], t) for n, t in listed.items())
+    name = next(n for n in listed if n.endswith("q_proj.bank.B_ErN"))
+    assert [p.name for p in folders] == ["copy", "sort", "sum"]
+    assert torch.equal(some[name], listed[name][1:, :4]) and len(one[name]) == 1
+
+
+def test_no_adapters_there_are_one_line_that_says_who_makes_them(tiny, tmp_path):
+    for adapters, what in ((f"{tmp_path}/gone", "is missing"), (str(tmp_path), "holds no adapters"),
+                           (f"{tmp_path}/*", "is missing")):  # fmt: skip
+        config = TaskMoEConfig(bank="imported", bank_options={"adapters": adapters}, num_experts=3)
+        with pytest.raises(ConfigError, match=rf"adapters: .* {what}; an adapter .* made by peft's save_pre"):
+            attach(tiny("llama"), config, ["x"])
 
 
 def test_some_of_the_loras_as_tasks(saved, tiny):
@@ -168,8 +192,6 @@ def test_files_that_do_not_fit_are_errors(saved, tiny, tmp_path):
 
 
 def test_a_run_says_how_many_experts_there_are(saved, tiny):
-    from taskmoe.moe import attach
-
     options = {"adapters": [str(f) for f in saved()]}
     config = TaskMoEConfig(bank="imported", bank_options=options, num_experts=2)
     with pytest.raises(ConfigError, match=r"moe\.num_experts: 2, but moe\.bank_options\.adapters names 3"):

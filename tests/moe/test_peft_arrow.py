@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taskmoe.moe import TaskMoEConfig, attach
+from taskmoe.moe import TaskMoEConfig, TaskMoEModel, attach
+from taskmoe.moe.import_peft import import_peft
 from taskmoe.moe.layer import MoELinear
-from taskmoe.moe.token_routers.arrow import prototypes, set_prototypes
+from taskmoe.moe.token_routers.arrow import ArrowRouter, prototypes, set_prototypes
 
 peft = pytest.importorskip("peft")
 EXPERTS, R, ALPHA, TOP_K, TEMPERATURE = 4, 3, 6.0, 2, 0.3
@@ -78,6 +79,36 @@ def test_prototypes_equal_pefts_up_to_their_sign(ours, theirs, batch, close):
     assert len(found) == len(mine) > 0
     for their_EK, my_EK in zip(found.values(), mine, strict=True):
         close((their_EK * my_EK).sum(1).abs(), torch.ones(EXPERTS), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_experts_that_come_with_values_bring_their_prototypes(ours, theirs, tiny, batch, tmp_path):
+    """Nobody calls set_prototypes: neither for imported LoRAs nor for a bank that was trained and saved."""
+    folders = sorted(tmp_path.glob("expert-*"))
+    config = TaskMoEConfig(router="arrow", gate="top_k", top_k=TOP_K, router_temperature=TEMPERATURE)
+    library = import_peft(tiny("llama"), folders, config, ["a"]).eval()
+    inputs = batch("llama", [0, 0, 0])
+    expected = ours(**inputs).logits
+    with torch.no_grad():
+        assert torch.allclose(library(**inputs).logits, expected, atol=1e-5)
+    for router in (m for m in ours.modules() if isinstance(m, ArrowRouter)):
+        router.prototypes_EK.zero_()
+    ours.save_pretrained(tmp_path / "bank")
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "bank", dry_run=False).eval()
+    assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_prototypes_that_are_there_stay_and_new_experts_have_none(tiny, shaken, tmp_path):
+    config = TaskMoEConfig(router="arrow", gate="top_k", top_k=2, num_experts=2, target_modules=["q_proj"])
+    model = attach(tiny("llama"), config, ["a"])
+    routers = [m for m in model.modules() if isinstance(m, ArrowRouter)]
+    assert routers and not any(r.prototypes_EK.any() for r in routers)
+    for i, router in enumerate(routers):
+        router.prototypes_EK.fill_(i + 1.0)
+    shaken(model).save_pretrained(tmp_path)
+    loaded = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path)
+    again = [m for m in loaded.modules() if isinstance(m, ArrowRouter)]
+    assert all(torch.equal(a.prototypes_EK, r.prototypes_EK) for a, r in zip(again, routers, strict=True))
 
 
 def test_a_prototype_is_what_its_expert_answers_to_most():
