@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.banks.prompt.saved import read_prompts
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.regularisers.base import Regulariser
 from taskmoe.moe.tasks import TaskTable
@@ -87,31 +87,12 @@ class Distillation(Regulariser):
             ConfigError: no such adapter, of another shape, or without a prompt for one of the tasks.
         """
         if self.prompts_TlW is None:
-            self.prompts_TlW = _read(Path(self.options.teacher), self.tasks)
+            self.prompts_TlW, _ = read_prompts(self.options.teacher, self.tasks.names, f"{KEY}.teacher")
         if self.prompts_TlW.shape[1:] != like.shape[1:]:
             found, own = tuple(self.prompts_TlW.shape[1:]), tuple(like.shape[1:])
             raise ConfigError(f"{KEY}.teacher: its prompts are {found}, this model's {own}; use one length")
         self.prompts_TlW = self.prompts_TlW.to(like)
         return self.prompts_TlW
-
-
-def _read(folder: Path, tasks: TaskTable) -> Tensor:
-    from safetensors import safe_open
-
-    from taskmoe.moe.state import TASKS, WEIGHTS
-
-    name = "prompts.bank.prompts_TlW"
-    if not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{KEY}.teacher: {folder} holds no {WEIGHTS}; give the folder of a saved adapter")
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118 (a file, not a dict)
-            raise ConfigError(f"{KEY}.teacher: {folder} is no adapter of bank: prompt (it lacks {name})")
-        prompts_TlW = file.get_tensor(name)
-    known = TaskTable.load(folder / TASKS)
-    missing = [t.name for t in tasks if t.name not in known]
-    if missing:
-        raise ConfigError(f"{KEY}.teacher: {folder} has no prompt for {', '.join(missing)}; train one first")
-    return prompts_TlW[[known.id(t.name) for t in tasks]]
 
 
 class _Hook:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from taskmoe.moe.banks.base import Placement
 from taskmoe.moe.banks.prompt.entry import NAME, Prompts
 from taskmoe.moe.banks.prompt.layers import LayerPrompts, attentions, geometry
-from taskmoe.moe.banks.prompt.per_task import PLACES, PromptOptions
+from taskmoe.moe.banks.prompt.per_task import PLACES, VECTORS, PromptOptions
 from taskmoe.moe.banks.prompt.site import Site, find_site
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context, use
@@ -74,7 +75,10 @@ class PromptKind:
         return Placement({}, [NAME] if self.levels else [], [])
 
     def prepare(self, attached: Any) -> None:
-        """Build the prompts, as ``attached.prompts``, and let them in."""
+        """Build the prompts, as ``attached.prompts``, and let them in.
+
+        The model's config then describes them without the adapter from which they started.
+        """
         config, site = attached.moe_config, find_site(attached.base_model)
         options = options_of("bank", config, self)
 
@@ -84,6 +88,10 @@ class PromptKind:
         bank = self.bank(config, options, len(attached.tasks), starts)
         device = next(site.body.get_input_embeddings().parameters()).device  # type: ignore[operator]
         attached.add_module(NAME, ENTRIES[options.where](bank.to(device), options.length, site))
+        given = config.bank_options or {}
+        kept = {name: value for name, value in given.items() if not name.startswith(VECTORS)}
+        if kept != given:
+            attached.moe_config = replace(config, bank_options=kept)
 
 
 @torch.no_grad()

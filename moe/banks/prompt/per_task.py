@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from taskmoe.moe.banks.base import Bank
+from taskmoe.moe.banks.prompt.saved import read_prompts
+from taskmoe.moe.banks.prompt.vectors import add_vectors, task_vector
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context
 
@@ -43,26 +45,75 @@ class PromptOptions:
                 raise ConfigError(f"moe.bank_options.{name}: {value} must be 0 or more")
 
 
-class PerTaskPrompts(Bank):
-    """P_t, free for every task. All tasks start from the same values, so that what they have learned can be
-    compared and added (:mod:`taskmoe.moe.banks.prompt.vectors`).
+VECTORS = "vectors_"  # options of this name say where prompts start, and are of no use afterwards
 
-    prompts_TlW: [T, l, W] float32.
+
+@dataclass(frozen=True)
+class PerTaskOptions(PromptOptions):
+    """And where a task's prompt starts, if other tasks have been learned."""
+
+    # folder of a saved adapter of this kind: start at its P_0 and the sum of its tasks' vectors
+    vectors_from: str | None = None
+    vectors_of: tuple[str, ...] | None = None  # vectors_from: the tasks whose vectors are added; None: all
+    vectors_scale: float = 1.0  # vectors_from: what their sum is multiplied by; 1 / their number: the mean
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = "moe.bank_options."
+        if self.vectors_from is not None and self.start_std is not None:
+            raise ConfigError(f"{key}start_std: {self.start_std} beside vectors_from, which gives the start")
+        for name in ("vectors_of", "vectors_scale"):
+            value = getattr(self, name)
+            if self.vectors_from is None and value != getattr(PerTaskOptions, name):
+                raise ConfigError(f"{key}{name}: {value} has no effect without vectors_from; give the folder")
+        if self.vectors_of == ():
+            raise ConfigError(f"{key}vectors_of: is empty; name tasks, or leave it out for all")
+
+
+class PerTaskPrompts(Bank):
+    """P_t, free for every task. All tasks start from the same values P_0, which are saved with them, so that
+    what they have learned can be compared and added (:mod:`taskmoe.moe.banks.prompt.vectors`).
+
+    prompts_TlW: [T, l, W] float32. start_lW: [l, W] float32, P_0.
     """
 
-    Options = PromptOptions
+    Options = PerTaskOptions
     uses: ClassVar[tuple[str, ...]] = ()
     levels: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[bool] = True
     task_dims: ClassVar[dict[str, int]] = {"prompts_TlW": 0}
 
-    def __init__(self, config: TaskMoEConfig, options: PromptOptions, num_tasks: int, starts: Starts) -> None:
+    start_lW: Tensor
+
+    def __init__(
+        self, config: TaskMoEConfig, options: PerTaskOptions, num_tasks: int, starts: Starts
+    ) -> None:
         super().__init__()
-        self.prompts_TlW = nn.Parameter(starts(1).repeat(num_tasks, 1, 1))
+        start_lW = starts(1)[0]
+        if options.vectors_from is not None:
+            start_lW = _from_vectors(options, start_lW)
+        self.register_buffer("start_lW", start_lW)
+        self.prompts_TlW = nn.Parameter(start_lW.repeat(num_tasks, 1, 1))
 
     def forward(self, context: Context) -> Tensor:
         """The prompts of ``context.tasks``: [Tb, l, W]."""
         return self.prompts_TlW.index_select(0, task_ids(context, self.prompts_TlW))
+
+
+def _from_vectors(options: PerTaskOptions, like_lW: Tensor) -> Tensor:
+    """The start that the task vectors of a saved adapter give, [l, W]; like_lW: a prompt of this model.
+
+    Raises:
+        ConfigError: no such adapter, or prompts of another shape.
+    """
+    key = "moe.bank_options.vectors_from"
+    assert options.vectors_from is not None
+    prompts_TlW, start_lW = read_prompts(options.vectors_from, options.vectors_of, key)
+    if start_lW.shape != like_lW.shape:
+        found, own = tuple(start_lW.shape), tuple(like_lW.shape)
+        raise ConfigError(f"{key}: its prompts are {found}, this model's {own}; use one length and place")
+    vectors = [task_vector(prompt_lW, start_lW) for prompt_lW in prompts_TlW]
+    return add_vectors(start_lW, vectors, options.vectors_scale).to(like_lW)
 
 
 def task_ids(context: Context, like: Tensor) -> Tensor:

@@ -122,6 +122,63 @@ def test_a_saved_adapter_comes_back_bit_for_bit(where, bank, prompted, tiny, bat
     assert torch.equal(head(again(**inputs)), head(model(**inputs)))
 
 
+@pytest.fixture
+def learned(tiny, shaken, tmp_path):
+    """A model whose prompts have moved, as it was saved in the folder."""
+    model = shaken(attach(tiny("llama"), config("prompt"), TASKS))
+    model.save_pretrained(tmp_path / "learned")
+    return model.prompts.bank, tmp_path / "learned"
+
+
+def test_the_prompt_from_which_all_started_is_saved_with_them(tiny, learned):
+    bank, folder = learned
+    start = attach(tiny("llama"), config("prompt"), TASKS).prompts.bank
+    assert torch.equal(start.prompts_TlW[1], start.start_lW) and torch.equal(bank.start_lW, start.start_lW)
+    torch.manual_seed(5)  # another start, if it were not read
+    again = TaskMoEModel.from_pretrained(tiny("llama"), folder).prompts.bank
+    assert torch.equal(again.start_lW, start.start_lW)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "scale"),
+    [({}, [0, 1, 2], 1.0), ({"vectors_of": ["sum"]}, [1], 1.0), ({"vectors_scale": 0.25}, [0, 1, 2], 0.25)],
+)
+def test_prompts_start_from_the_vectors_of_earlier_tasks(
+    options, rows, scale, tiny, learned, tmp_path, close
+):
+    bank, folder = learned
+    model = attach(tiny("llama"), config("prompt", vectors_from=str(folder), **options), ["x", "y"])
+    start = bank.start_lW + scale * sum(bank.prompts_TlW[t] - bank.start_lW for t in rows)
+    assert torch.equal(model.prompts.bank.prompts_TlW[0], model.prompts.bank.prompts_TlW[1])
+    close(model.prompts.bank.prompts_TlW[0], start)
+    assert torch.equal(model.prompts.bank.start_lW, model.prompts.bank.prompts_TlW[0])
+    model.save_pretrained(tmp_path / "new")
+    (folder / "adapter_model.safetensors").unlink()
+    again = TaskMoEModel.from_pretrained(tiny("llama"), tmp_path / "new")
+    assert torch.equal(again.prompts.bank.prompts_TlW, model.prompts.bank.prompts_TlW)
+
+
+def test_starts_that_cannot_be(tiny, learned, tmp_path):
+    _, folder = learned
+    attach(tiny("llama"), config("multitask_prompt"), TASKS).save_pretrained(tmp_path / "shared")
+    given = str(folder)
+    for options, message in (
+        ({"vectors_from": str(tmp_path)}, "vectors_from: .* holds no adapter_model.safetensors"),
+        ({"vectors_from": str(tmp_path / "shared")}, "vectors_from: .* is no adapter of bank: prompt"),
+        ({"vectors_from": given, "vectors_of": ["sing"]}, "vectors_from: .* has no prompt for sing"),
+        (
+            {"vectors_from": given, "length": 5},
+            r"vectors_from: its prompts are \(3, 16\), this model's \(5, 16\)",
+        ),
+        ({"vectors_from": given, "start_std": 0.1}, "start_std: 0.1 beside vectors_from"),
+        ({"vectors_from": given, "vectors_of": []}, "vectors_of: is empty"),
+        ({"vectors_of": ["sum"]}, r"vectors_of: \('sum',\) has no effect without vectors_from"),
+        ({"vectors_scale": 0.5}, "vectors_scale: 0.5 has no effect without vectors_from"),
+    ):
+        with pytest.raises(ConfigError, match=f"moe.bank_options.{message}"):
+            attach(tiny("llama"), config("prompt", **options), TASKS)
+
+
 def test_a_new_task_starts_from_the_mean_of_what_the_others_learned(tiny, shaken, tmp_path, close):
     start = attach(tiny("llama"), config("prompt"), TASKS).prompts.bank.prompts_TlW.detach().clone()
     model = shaken(attach(tiny("llama"), config("prompt"), TASKS))
