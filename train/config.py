@@ -191,7 +191,7 @@ class Config:
     output_dir: str = "runs/run"
     overwrite_output_dir: bool = False  # remove the run that output_dir holds
     seed: int = 42
-    max_steps: int = 1000
+    max_steps: int = 1000  # 0: nothing trains; what was attached is evaluated and saved
     per_device_train_batch_size: int = 8
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1

@@ -76,7 +76,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             "phases.*.mixing.cap",
             "phases.*.steps",
             *(f"evaluation.{k}" for k in ("max_rows", "max_new_tokens", "num_beams")),
-            *("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
             "early_stopping_patience",
             *(f"surgery.{k}" for k in ("refresh_every", "max_tasks", "matrix_steps")),
@@ -88,7 +88,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
         (
             *("seed", "data.skill_gym.seed", "data.skill_gym.unseen_tasks", "track.per_task_keys"),
             *("data.skill_gym.validation_rows", "data.skill_gym.test_rows", "datasets.*.weight"),
-            *("moe.router_init_std", "weight_decay", "max_grad_norm", "warmup_steps"),
+            *("moe.router_init_std", "weight_decay", "max_grad_norm", "warmup_steps", "max_steps"),
             *("learning_rate", "router_learning_rate", "task_embedding_learning_rate", "base_learning_rate"),
             *(f"phases.*.{g}learning_rate" for g in ("", "router_", "task_embedding_", "base_")),
             *("task_weights.*", "mixing.weights.*", "phases.*.mixing.weights.*"),

@@ -163,3 +163,18 @@ class Engine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the model."""
         self.engine.destroy()
+
+
+class Still(Engine):
+    """What a run without steps has in place of an engine: nothing trains, so there is nothing to save."""
+
+    def __init__(self, model: TaskMoEModel) -> None:
+        self.stage, self.parameters = 0, {}
+        self.model, self.surgery, self.regularisers = model, None, None
+        model.set_trainable(())
+
+    def save(self, folder: Path) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

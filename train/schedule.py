@@ -109,7 +109,7 @@ def resolve_phases(config: Config) -> list[Phase]:
                 gate=phase.gate,
                 reinit=tuple(group for group in REINIT if group in phase.reinit),
                 schedule_start=max(s for s in restarts if s <= starts[i]),
-                schedule_end=min(s for s in restarts if s > starts[i]),
+                schedule_end=min((s for s in restarts if s > starts[i]), default=starts[-1]),
             )
         )
     return phases
@@ -147,7 +147,7 @@ def _phase_steps(config: Config) -> list[int]:
         raise ConfigError(
             f"phases: their steps add up to {total}, but max_steps is {config.max_steps}; change one"
         )
-    if open_ended and total >= config.max_steps:
+    if open_ended and total >= max(1, config.max_steps):  # a run may have no steps at all
         raise ConfigError(
             f"phases.{open_ended[0]}.steps: nothing is left for it; the other phases take {total} "
             f"of the {config.max_steps} of max_steps"

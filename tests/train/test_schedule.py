@@ -89,6 +89,15 @@ def test_phases_that_do_not_fit(phases: tuple[PhaseConfig, ...], message: str) -
         resolve_phases(run(*phases))
 
 
+def test_a_run_may_have_no_steps() -> None:
+    (phase,) = resolve_phases(Config(max_steps=0))
+    assert (phase.start, phase.end, phase.schedule_end) == (0, 0, 0) and phase_at([phase], 0) is phase
+    with pytest.raises(ConfigError, match="phases: their steps add up to 5, but max_steps is 0"):
+        resolve_phases(Config(max_steps=0, phases=(PhaseConfig(steps=5),)))
+    with pytest.raises(ConfigError, match="phases.1.steps: nothing is left"):
+        resolve_phases(Config(max_steps=0, phases=(PhaseConfig(steps=5), PhaseConfig())))
+
+
 def test_no_phase_at_all() -> None:
     with pytest.raises(ConfigError, match="phases: the list is empty"):
         resolve_phases(Config(phases=()))
