@@ -13,18 +13,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskmoe.moe import TaskMoEModel
+from taskmoe.moe import TaskMoEModel, TaskTable, load_adapter, save_lora
+from taskmoe.train import checkpoint
 from taskmoe.train.batches import build_batches
-from taskmoe.train.config import Config
-from taskmoe.train.config_io import load
+from taskmoe.train.config import Config, PhaseConfig
+from taskmoe.train.config_io import dump, load
 from taskmoe.train.distributed import Ranks
+from taskmoe.train.loop import train
 from taskmoe.train.objectives import count, model_inputs, step_loss
 from taskmoe.train.schedule import resolve_phases
-from taskmoe.train.setup import Data, build_data, build_moe
+from taskmoe.train.setup import Data, build_data, build_moe, saved_tokenizer
+from taskmoe.train.weights import load_base
 
 ROOT = Path(__file__).parents[2]
 METHODS = {p.stem: p for p in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), owns_group=False)
+NEEDED = re.compile(r"\./runs/(\w+)(/checkpoint-\d+|/loras)?")  # what an earlier run of a file leaves
 
 
 @dataclass
@@ -65,23 +69,76 @@ class Method:
         return model(**inputs).logits
 
 
-@cache
-def method_of(name: str) -> Method:
-    """The data of a method, read once: few rows, but the tasks, the tokenizer and the model of the file."""
-    config = load(METHODS[name])
-    assert config.data.skill_gym is not None, f"{name}: extend configs/skill_gym.yaml"
+def of_few_rows(config: Config) -> Config:
+    """The same tasks, tokenizer and model."""
+    assert config.data.skill_gym is not None, f"{config.run_name}: extend configs/skill_gym.yaml"
     gym = replace(config.data.skill_gym, train_rows=40, validation_rows=8, test_rows=8)
-    config = replace(
-        config, data=replace(config.data, skill_gym=gym), per_device_train_batch_size=16, deepspeed=None
-    )
+    return replace(config, data=replace(config.data, skill_gym=gym))
+
+
+@cache
+def method_of(name: str, on_runs: Callable[[Config], Config]) -> Method:
+    """The data of a method, read once."""
+    config = on_runs(of_few_rows(load(METHODS[name])))
+    config = replace(config, per_device_train_batch_size=16, deepspeed=None)
     torch.manual_seed(0)
     return Method(name, config, build_data(config, ALONE, ("train",), None, None, lambda line: None))
 
 
 @pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest) -> Method:
+def method(request: pytest.FixtureRequest, on_short_runs: Callable[[Config], Config]) -> Method:
     """Runs a test once a file."""
-    return method_of(request.param)
+    return method_of(request.param, on_short_runs)
+
+
+@pytest.fixture(scope="session")
+def on_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """(config, run_of) -> config: where it names what an earlier run has left, ./runs/<name>, the folder
+    ``run_of(name)`` stands in."""
+
+    def change(config: Config, run_of: Callable[[str], Path]) -> Config:
+        def left(match: re.Match[str]) -> str:
+            run, part = run_of(match[1]), match[2] or ""
+            if part == "/loras" and not (run / "loras").exists():
+                export(run)
+            return str(checkpoint.find(run) if part.startswith("/checkpoint") else f"{run}{part}")
+
+        text = dump(config)
+        if NEEDED.search(text) is None:
+            return config
+        path = tmp_path_factory.mktemp("config") / "config.yaml"
+        path.write_text(NEEDED.sub(left, text), encoding="utf-8")
+        return load(path)
+
+    return change
+
+
+@pytest.fixture(scope="session")
+def on_short_runs(on_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Config]:
+    """With runs of three steps and few rows, each made once a session."""
+
+    @cache
+    def run_of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("short") / name
+        config = of_few_rows(load(METHODS[name]))
+        groups = tuple(dict.fromkeys(group for phase in config.phases for group in phase.train))
+        phases = (PhaseConfig(train=groups),)
+        short = replace(config, phases=phases, max_steps=3, report_to=(), output_dir=str(folder))
+        assert train(short) == 0
+        return folder
+
+    return lambda config: on_runs(config, run_of)
+
+
+def export(run: Path) -> None:
+    """The folder ``loras`` of a run: one a task."""
+    config, path = load(run / "config.yaml"), checkpoint.find(run)
+    tasks = TaskTable.load(path / "task_map.json")
+    model = build_moe(config, saved_tokenizer(run / "tokenizer"), tasks, ALONE)
+    load_base(model, path)
+    load_adapter(model, path)
+    for task in tasks:
+        save_lora(model, task.name, run / "loras" / task.slug)
 
 
 @cache

@@ -48,6 +48,9 @@ def trained(model: TaskMoEModel) -> dict[str, torch.nn.Parameter]:
 def test_everything_trains_and_equal_experts_diverge(method, claims):
     model = method.build().train()
     parameters = trained(model)
+    if not method.config.max_steps:
+        assert not parameters and claims[method.name]["never moves"].startswith("all: nothing trains")
+        return
     assert parameters, "nothing trains"
     axes, moved = task_dims(model), dict.fromkeys(parameters, False)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
@@ -91,6 +94,8 @@ def test_a_mixed_batch_is_its_rows_one_at_a_time(method, shaken):
 
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_checkpointing_changes_nothing(method, mode, shaken):
+    if not method.config.max_steps:
+        pytest.skip("nothing trains, so no activation is kept")
     model = shaken(method.build()).train()
     batch = method.batches(1)[0]
     torch.manual_seed(3)

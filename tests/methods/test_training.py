@@ -18,14 +18,20 @@ LEVEL = 0.03  # of the control's loss: a smaller difference is said to be none
 
 
 @pytest.fixture(scope="session")
-def losses(tmp_path_factory: pytest.TempPathFactory):
+def losses(tmp_path_factory: pytest.TempPathFactory, on_runs):
     """The mean training loss of the last 50 of 200 steps of a file, run once a session."""
+    home = tmp_path_factory.mktemp("runs")
+
+    def run_of(name: str) -> Path:
+        of(name)
+        return home / name
 
     @cache
     def of(name: str) -> float:
-        folder = tmp_path_factory.mktemp("runs") / name
+        folder = home / name
         given = [f"--output_dir={folder}", "--report_to=none"]
-        assert train(load(ROOT / "configs" / "methods" / f"{name}.yaml", given)) == 0
+        config = load(ROOT / "configs" / "methods" / f"{name}.yaml", given)
+        assert train(on_runs(config, run_of)) == 0
         rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
         found = [row["train/loss"] for row in rows if "train/loss" in row]
         assert len(found) >= 20
@@ -38,6 +44,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_it_trains_and_what_is_said_of_it_is_so(path: Path, losses, claims):
     stated = claims[path.stem]["200 steps"]
+    if stated.startswith("none: "):
+        assert load(path).max_steps == 0
+        return
     found = losses(path.stem)
     assert found == found, "not a number"
     if stated.startswith("is the control"):
