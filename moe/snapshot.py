@@ -45,7 +45,8 @@ class Snapshot:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the order of the groups is kept."""
         names = json.dumps(list(self.gates), ensure_ascii=False)
-        state = {str(i): g.contiguous() for i, g in enumerate(self.gates.values())}
+        # Routes that are given are one tensor, seen by all groups.
+        state = {str(i): g.clone().contiguous() for i, g in enumerate(self.gates.values())}
         save_file(state, path, metadata={"level": self.level, "groups": names})
 
     @classmethod

@@ -44,6 +44,14 @@ def test_by_task_they_are_the_routers_gates(tiny, tmp_path):
     assert all(torch.equal(again.gates[n], g) for n, g in snapshot.gates.items())
 
 
+def test_routes_that_all_groups_share_are_saved(tiny, tmp_path):
+    model = attached(tiny, r=2, num_experts=3, router="fixed", gate="raw")
+    assert len(model.routing.groups) > 1
+    model.save_pretrained(tmp_path)
+    again = Snapshot.load(tmp_path / FILE)
+    assert all(torch.equal(again.gates[n], g) for n, g in model.gates().items())
+
+
 @pytest.mark.parametrize("gate", [{"gate": "softmax"}, {"gate": "top_k", "top_k": 2}])
 def test_by_token_they_are_the_mean_over_a_tasks_tokens(tiny, batch, gate):
     model = attached(tiny, **TOKENS, **gate)
