@@ -6,17 +6,23 @@ import netrc
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlparse
 
+from taskmoe.moe import snapshot, state
+from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.train.config import Config
+from taskmoe.train.track.keys import AXIS, FAMILIES, KEYS, Curves
+from taskmoe.train.track.media import Media
+from taskmoe.train.track.wandb_media import items
 
-AXIS = "step"
+# Of a checkpoint, what is the adapter: neither the optimiser's state nor the base model.
+ADAPTER_FILES = (state.CONFIG, state.WEIGHTS, state.TASKS, VECTORS, snapshot.FILE, snapshot.SUMS)
 SECRET_WORDS = {"token", "key", "secret", "password", "passwd", "pwd", "apikey", "credential", "credentials"}
 
 
@@ -34,7 +40,9 @@ class WandbLog:
         self, config: Config, run_dir: str | Path, run_id: str | None, say: Callable[[str], None]
     ) -> None:
         self.run_id = run_id
-        self._say = say
+        self._say, self._track = say, config.track
+        self._curves = Curves(config.track.detail, config.track.max_keys, say)
+        self._told: set[str] = set()  # what was left out of tables and images
         self._run: Any = None
         if not disabled(os.environ):
             self._guarded("start", lambda: self._start(config, Path(run_dir)))
@@ -55,19 +63,70 @@ class WandbLog:
             mode="offline" if offline else None,
             settings=wandb.Settings(silent=True, console="off"),
         )
+        self._folder = run_dir / "wandb"
         # Our own axis: wandb's step may only grow, and a resumed run begins before the last one logged.
         self._run.define_metric(AXIS)
-        for keys in ("train/*", "grad/*", "learning_rate/*", "eval/*", "time/*"):
-            self._run.define_metric(keys, step_metric=AXIS)
-        self._run.define_metric("eval/score", step_metric=AXIS, summary="max")
-        local = f"offline in {run_dir / 'wandb'}; upload with `wandb sync`"
+        for family in FAMILIES:
+            self._run.define_metric(f"{family}/*", step_metric=AXIS)
+        for pattern, key in KEYS.items():
+            if key.summary is not None:
+                self._run.define_metric(pattern, step_metric=AXIS, summary=key.summary)
+        local = f"offline in {self._folder}; upload with `wandb sync {self._folder}/offline-run-*`"
         self._say(f"wandb: {local if self._run.offline else self._run.url}")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers by metric key; anything else is left out."""
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        """Numbers by metric key, those that ``Curves`` selects; anything else is left out."""
+        if self._run is None:
+            return
+        numbers = self._curves.select({k: v for k, v in values.items() if isinstance(v, int | float)})
         if numbers:
             self._guarded("log", lambda: self._run.log({**numbers, AXIS: step}))
+
+    def log_media(self, step: int, media: Media) -> None:
+        """Tables, images and charts."""
+        self._guarded("log tables and images", lambda: self._log_media(step, media))
+
+    def _log_media(self, step: int, media: Media) -> None:
+        wandb = _import_wandb()
+        found, remarks = items(media, self._track.detail)
+        if found:
+            with self._staging():
+                self._run.log({**{k: item.for_wandb(wandb) for k, item in found.items()}, AXIS: step})
+        for remark in remarks:
+            if remark not in self._told:
+                self._told.add(remark)
+                self._say(f"wandb: {remark}")
+
+    def log_checkpoint(self, step: int, folder: str | Path) -> None:
+        """The adapter in a checkpoint as a version of the artifact ``adapter-<run id>``, where asked for."""
+        if self._track.log_artifacts:
+            self._guarded("keep a checkpoint", lambda: self._log_checkpoint(step, Path(folder)))
+
+    def _log_checkpoint(self, step: int, folder: Path) -> None:
+        artifact = _import_wandb().Artifact(f"adapter-{self.run_id}", type="model", metadata={AXIS: step})
+        with self._staging():
+            for name in ADAPTER_FILES:
+                if (folder / name).is_file():
+                    artifact.add_file(str(folder / name))
+            self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set fields of the run's summary: numbers and texts."""
+        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
+        self._guarded("sum up", lambda: self._run.summary.update(plain))
+
+    @contextmanager
+    def _staging(self) -> Iterator[None]:
+        """Offline, wandb's copies of tables and artifacts lie in the run folder, not in the user's home."""
+        name = "WANDB_DATA_DIR"
+        if not self._run.offline or name in os.environ:
+            yield
+            return
+        os.environ[name] = str(self._folder.resolve() / "data")
+        try:
+            yield
+        finally:
+            del os.environ[name]
 
     def close(self, failed: bool = False) -> None:
         run = self._run

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
+import struct
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,3 +70,91 @@ def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     monkeypatch.delenv("WANDB_BASE_URL", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     return fake
+
+
+@dataclass
+class OfflineRun:
+    """What an offline run holds: {key: value} of each call of log, what was defined, its artifacts."""
+
+    folder: Path
+    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    artifacts: list[Any] = field(default_factory=list)
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """[(step, value)]."""
+        return [(line["step"], line[key]) for line in self.history if key in line]
+
+    def file(self, key: str) -> Path:
+        """The last file of a table or an image."""
+        (value,) = [line[key] for line in self.history if key in line][-1:]
+        return self.folder / "files" / value["path"]
+
+    def table(self, key: str) -> tuple[list[str], list[list[Any]]]:
+        """(columns, rows)."""
+        found = json.loads(self.file(key).read_text())
+        return found["columns"], found["data"]
+
+
+@pytest.fixture(scope="session")
+def read_offline() -> Callable[[Path], OfflineRun]:
+    """Reads the only offline run under a run folder."""
+    return _read_offline
+
+
+def _read_offline(run_dir: Path) -> OfflineRun:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    found = OfflineRun(path.parent)
+    for data in _records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            found.history.append(_values(record.history.item))
+        elif kind == "summary":
+            _take_in(found.summary, record.summary.update)
+        elif kind == "run":
+            _take_in(found.config, record.run.config.update)
+        elif kind == "config":
+            _take_in(found.config, record.config.update)
+        elif kind == "metric":
+            found.metrics[record.metric.name or record.metric.glob_name] = record.metric
+        elif kind == "artifact":
+            found.artifacts.append(record.artifact)
+    return found
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    """LevelDB's log format after seven bytes of wandb's own: blocks of 32 KiB, records in parts."""
+    block, header, place, record = 32768, struct.Struct("<IHB"), 7, b""
+    while place + header.size <= len(data):
+        left = block - place % block
+        if left < header.size:
+            place += left
+            continue
+        _, length, part = header.unpack_from(data, place)
+        place += header.size
+        record += data[place : place + length]
+        place += length
+        if part in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def _values(items: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    _take_in(found, items)
+    return found
+
+
+def _take_in(found: dict[str, Any], items: Any) -> None:
+    for item in items:
+        *path, last = list(item.nested_key) or [item.key]
+        inner = found
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = json.loads(item.value_json)
