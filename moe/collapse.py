@@ -5,27 +5,19 @@ Legend: R rank of the result, K d_in, N d_out, H heads, E experts.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from taskmoe.moe.banks.base import Bank
-from taskmoe.moe.heads import TaskLinear
+from taskmoe.moe.heads import MeanPoolClassifier, TaskLinear
 from taskmoe.moe.layer import MoELinear, SavedModule
 from taskmoe.moe.model import TaskMoEModel
-
-# What peft calls a model by the end of its class's name.
-TASK_TYPES = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-}
+from taskmoe.moe.peft_write import write_lora
+from taskmoe.moe.wrappers import inside, save_head
 
 
 class CollapseError(ValueError):
@@ -73,57 +65,52 @@ def collapse(model: TaskMoEModel, task: int | str) -> dict[str, Pair]:
     return pairs
 
 
-def save_lora(model: TaskMoEModel, task: int | str, folder: str | Path) -> None:
+@torch.no_grad()
+def save_lora(
+    model: TaskMoEModel,
+    task: int | str,
+    folder: str | Path,
+    *,
+    pairs: Mapping[str, Pair] | None = None,
+) -> None:
     """Write what a task uses as an adapter of peft: adapter_config.json, adapter_model.safetensors.
 
-    It belongs to the base model as it is here: where the base was trained too, save that beside it.
+    It belongs to the base model as it is here: where the base was trained too, save that beside it. The
+    task's head and saved modules stand in it whole (``modules_to_save``). A head on mean-pooled states is no
+    module of the Hugging Face model: it goes into head.safetensors (:func:`taskmoe.moe.wrappers.load_head`).
+
+    Args:
+        pairs: written in place of those of :func:`collapse`, say truncated.
 
     Raises:
-        CollapseError: as :func:`collapse`; heads a task or saved modules, which a LoRA does not hold; or a
-            task that uses no expert.
+        CollapseError: as :func:`collapse`; or a task that uses no expert.
         TaskError: an unknown task.
     """
-    for module in model.modules():
-        if isinstance(module, TaskLinear | SavedModule):
-            raise CollapseError(
-                f"{module.name}: trained whole beside the experts, and a LoRA does not hold it; collapse() "
-                "gives the factors of the linears"
-            )
-    pairs = {n: p for n, p in collapse(model, task).items() if len(p.A_RK)}
-    if not pairs:
-        name = task if isinstance(task, str) else model.tasks.names[task]
+    number = model.tasks.id(task) if isinstance(task, str) else task
+    found = collapse(model, number) if pairs is None else pairs
+    base, prefix = inside(model.base_model)
+    found = {name.removeprefix(prefix): pair for name, pair in found.items() if len(pair.A_RK)}
+    if not found:
         raise CollapseError(
-            f"task {name!r}: its gates are zero on every expert, so that there is no LoRA to write; the base "
-            "model alone is what it uses"
+            f"task {model.tasks.names[number]!r}: its gates are zero on every expert, so that there is no "
+            "LoRA to write; the base model alone is what it uses"
         )
-    base = model.base_model
-    ranks = {name: len(pair.A_RK) for name, pair in pairs.items()}
-    r = max(ranks.values())
-    pattern = {name: rank for name, rank in ranks.items() if rank != r}
-    kind = next((t for end, t in TASK_TYPES.items() if type(base).__name__.endswith(end)), None)
-    config = {
-        "peft_type": "LORA",
-        "task_type": kind,
-        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": r,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(pairs),
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "fan_in_fan_out": any(_is_conv1d(base.get_submodule(name)) for name in pairs),
-    }
-    state = {}
-    for name, pair in pairs.items():
-        state[f"base_model.model.{name}.lora_A.weight"] = pair.A_RK.cpu()
-        state[f"base_model.model.{name}.lora_B.weight"] = pair.B_RN.T.contiguous().cpu()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    whole = trained_whole(base, number)
+    heads = {n.partition(".")[0] for n, m in base.named_modules() if isinstance(m, TaskLinear)}
+    others = {n for n, m in base.named_modules() if isinstance(m, SavedModule)}
+    saved = {f"{name}.{n}": p for name, module in whole.items() for n, p in module.state_dict().items()}
+    write_lora(base, found, folder, modules_to_save=sorted(heads | others), saved=saved)
+    if isinstance(model.base_model, MeanPoolClassifier):
+        head = model.base_model.classifier.of_task(number)
+        save_head(head, model.tasks[number].labels or (), folder)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "base", module), Conv1D)
+def trained_whole(base: nn.Module, task: int) -> dict[str, nn.Module]:
+    """{name in ``base``: what stands there for one task}, of heads per task and saved modules."""
+    found: dict[str, nn.Module] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, TaskLinear):
+            found[name] = module.of_task(task)
+        elif isinstance(module, SavedModule):
+            found[name] = module.saved
+    return found

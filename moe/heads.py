@@ -62,6 +62,18 @@ class TaskLinear(nn.Module):
             parts.append(out)
         return torch.cat(parts).view(*x.shape[:-1], -1)
 
+    @torch.no_grad()
+    def of_task(self, task: int) -> nn.Linear:
+        """The head of one task alone, with outputs for its own labels: a copy."""
+        weight_NK = self.weight_TNK[task]
+        own = slice(None) if self.beyond_TN is None else ~self.beyond_TN[task]
+        weight_NK = weight_NK[own]
+        linear = nn.Linear(weight_NK.shape[1], len(weight_NK), bias=self.bias_TN is not None)
+        linear.to(weight_NK).weight.copy_(weight_NK)
+        if self.bias_TN is not None:
+            linear.bias.copy_(self.bias_TN[task][own])
+        return linear
+
 
 class MeanPoolClassifier(nn.Module):
     """An encoder, the mean of its last hidden state over the attended positions, one linear head per task."""

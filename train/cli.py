@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from taskmoe.train.commands import export
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
@@ -193,6 +194,7 @@ def _say(line: str, is_main: bool) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "export": export.run,
     "config": config,
     "tune": tune,
 }

@@ -38,7 +38,7 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
     Raises:
         ConfigError, DataError, TaskError, StateError, CheckpointError: as :func:`score_run`.
     """
-    with _stdout_is_stderr():
+    with stdout_is_stderr():
         ranks, found = score_run(run, overrides, split)
     if not ranks.is_main:
         return 0
@@ -50,7 +50,7 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
 
 
 @contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
+def stdout_is_stderr() -> Iterator[None]:
     """What libraries print goes to stderr, from native code too: stdout is for the result."""
     sys.stdout.flush()
     kept = os.dup(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from taskmoe.train.commands import export
+
 _SETTINGS = """\
 Settings are written --section.key value or --section.key=value, after the file or before it:
   --data.max_length 256    a key and its section
@@ -21,6 +23,7 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
 
   train CFG.yaml    train a model
   eval RUN          score a trained run
+  export RUN        write what a task uses as an adapter that peft and vLLM load
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
   tune              measure how this GPU runs the kernels fastest, and remember it
 
@@ -55,6 +58,7 @@ Score a run folder, or one checkpoint in it, task by task.
 example:
   taskmoe eval runs/tweeteval --data.root other/tweeteval --split test --json
 """,
+    "export": export.USAGE,
     "config": f"""\
 usage: taskmoe config CFG.yaml [--key value ...]
        taskmoe config --schema

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 
 from taskmoe.moe.banks.prompt.entry import Prompts
 from taskmoe.moe.banks.prompt.layers import LayerPrompts
-from taskmoe.moe.collapse import TASK_TYPES, CollapseError
+from taskmoe.moe.collapse import CollapseError
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
+from taskmoe.moe.peft_write import task_type
 
 GENERATORS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -43,7 +44,7 @@ def save_prompt(model: TaskMoEModel, task: int | str, folder: str | Path) -> Non
         if isinstance(module, TaskLinear | SavedModule):
             raise CollapseError(f"{module.name}: trained whole beside the prompts, which do not hold it")
     base: Any = model.base_model
-    kind = next((t for end, t in TASK_TYPES.items() if type(base).__name__.endswith(end)), None)
+    kind = task_type(base)
     if kind not in GENERATORS:
         raise CollapseError(
             f"{type(base).__name__}: peft's models read positions of the prompt where ours read the text's; "
