@@ -9,14 +9,14 @@ from torch import nn
 
 from taskmoe.moe.banks.base import Bank, prepare
 from taskmoe.moe.banks.kinds import BANKS
-from taskmoe.moe.choices import SEAMS, check_choices, ignored
-from taskmoe.moe.config import SCOPES, ConfigError, TaskMoEConfig
+from taskmoe.moe.choices import SEAMS, check_choices, check_methods, ignored
+from taskmoe.moe.config import COMPOSE, NEW_ROWS, SCOPES, ConfigError, TaskMoEConfig
 from taskmoe.moe.gates import GATES
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
 from taskmoe.moe.regularisation import build_penalties
-from taskmoe.moe.snapshot import build_recorder
 from taskmoe.moe.regularisers.kinds import read_regularisers
+from taskmoe.moe.snapshot import build_recorder
 from taskmoe.moe.targets import saved_modules
 from taskmoe.moe.tasks import TaskTable
 
@@ -28,10 +28,9 @@ def check(config: TaskMoEConfig) -> None:
         ConfigError: names the key, the value and what to do.
     """
     check_choices(config)
-    if config.router_scope not in SCOPES:
-        raise ConfigError(
-            f"moe.router_scope: {config.router_scope!r} is unknown; known are {', '.join(SCOPES)}"
-        )
+    for key, known in {"router_scope": SCOPES, "compose": COMPOSE, "new_task_rows": NEW_ROWS}.items():
+        if getattr(config, key) not in known:
+            raise ConfigError(f"moe.{key}: {getattr(config, key)!r} is unknown; known are {', '.join(known)}")
     counts = {
         k: getattr(config, k)
         for k in ("r", "num_experts", "num_heads", "task_embedding_dim", "router_hidden_dim")
@@ -44,12 +43,6 @@ def check(config: TaskMoEConfig) -> None:
     if config.lora_alpha is not None and not config.lora_alpha > 0:
         raise ConfigError(
             f"moe.lora_alpha: {config.lora_alpha} must be above 0 (experts are scaled by lora_alpha / r)"
-        )
-    if config.compose not in ("after", "before"):
-        raise ConfigError(f"moe.compose: {config.compose!r} is unknown; known are after, before")
-    if config.new_task_rows not in ("mean", "zero", "random", "nearest"):
-        raise ConfigError(
-            f"moe.new_task_rows: {config.new_task_rows!r} is unknown; known are mean, zero, random, nearest"
         )
     if config.num_heads > 1 and config.compose != "before":
         raise ConfigError(
@@ -68,6 +61,7 @@ def check(config: TaskMoEConfig) -> None:
             f"moe.top_k: {config.top_k} must be between 2 and num_experts = {config.num_experts} "
             "(one renormalised expert has a constant gate: use gate: one_hot)"
         )
+    check_methods(config)
     read_regularisers(config)
     router = SEAMS["router"][config.router]
     if getattr(router, "blind", False) != GATES[config.gate].blind:

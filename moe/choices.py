@@ -1,6 +1,13 @@
 """What the chosen methods read of the settings, and whether they go together.
 
 A seam's choice is in use when another choice needs it; a key is ignored when no choice in use reads it.
+Besides ``uses`` a choice may have ``mutes`` (keys of the others that it leaves without effect),
+``idle(options)`` ({key or option of its own: why it has no effect with these options}) and
+``check(config, options)``, which raises ConfigError for settings that cannot work whatever the model is.
+Three more are truths, or functions of its options, and true if it does not say: ``trains`` (it has parameters
+that do), ``shares`` (tasks share them), ``packs`` (it takes rows of several sequences). A bank that
+``routes`` has parameters of the group router. ``taskmoe config`` and ``attach`` ask for all of it, so that a
+method brings its checks in its own file.
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ from typing import Any
 from taskmoe.moe.banks.kinds import BANKS
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.gates import GATES
-from taskmoe.moe.options import GENERAL, default_options, options_of
+from taskmoe.moe.options import GENERAL, default_options, idle, options_of
 from taskmoe.moe.representations.kinds import REPRESENTATIONS
 from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
@@ -23,6 +30,8 @@ SEAMS: dict[str, dict[str, Any]] = {
     "representation": REPRESENTATIONS,
     "gate": GATES,
 }
+# Groups of parameters, and the seam whose choice has them.
+GROUPS = {"experts": "bank", "router": "router", "task_embedding": "representation"}
 
 
 def choices_in_use(config: TaskMoEConfig) -> dict[str, Any]:
@@ -42,15 +51,14 @@ def choices_in_use(config: TaskMoEConfig) -> dict[str, Any]:
 
 
 def keys_read(config: TaskMoEConfig) -> set[str]:
-    """The flat keys that the choices in use read.
+    """The flat keys that the choices in use read with the options that they have.
 
-    A choice may say in ``idle``, {(option, value): keys}, which of them it leaves unread with that option.
+    Raises:
+        ConfigError: options that cannot be used.
     """
     read: set[str] = set()
     for seam, method in choices_in_use(config).items():
-        options = getattr(config, f"{seam}_options") or {}
-        idle = getattr(method, "idle", {}).items()
-        read |= set(method.uses) - {key for (name, v), keys in idle if options.get(name) == v for key in keys}
+        read |= set(method.uses) - idle(method, options_of(seam, config, method)).keys()
     for method in choices_in_use(config).values():
         read -= set(getattr(method, "mutes", ()))  # keys of the others that it leaves without effect
     return read
@@ -66,7 +74,7 @@ def ignored(config: TaskMoEConfig) -> dict[str, str]:
         if field.name not in used and field.name not in (*GENERAL, *chosen):
             found[field.name] = _reason(field.name, config)
     for seam in SEAMS.keys() - chosen.keys():
-        found[seam] = f"moe.bank {config.bank!r} and moe.router {config.router!r} take none"
+        found[seam] = _not_in_use(config)
     return found
 
 
@@ -81,6 +89,39 @@ def _with_options(config: TaskMoEConfig, seam: str) -> str:
     return f"{getattr(config, seam)!r}" + (f" with {options}" if options else "")
 
 
+def absent_groups(config: TaskMoEConfig) -> dict[str, str]:
+    """{group of parameters: why none of it trains} out of experts, router and task_embedding."""
+    chosen, found = choices_in_use(config), {}
+    for group, seam in GROUPS.items():
+        if seam not in chosen:
+            found[group] = _not_in_use(config)
+        elif not _says("trains", seam, config):
+            # A map of all tasks would only fill the line, where it is not the reason.
+            depends = callable(getattr(chosen[seam], "trains", True))
+            who = _with_options(config, seam) if depends else repr(getattr(config, seam))
+            found[group] = f"moe.{seam} is {who}, which does not train"
+    if getattr(chosen["bank"], "routes", False):
+        found.pop("router", None)
+    return found
+
+
+def shared_groups(config: TaskMoEConfig) -> set[str]:
+    """The groups of parameters, out of experts and router, that tasks share."""
+    chosen = choices_in_use(config)
+    return {g for g in ("experts", "router") if GROUPS[g] in chosen and _says("shares", GROUPS[g], config)}
+
+
+def _says(what: str, seam: str, config: TaskMoEConfig) -> bool:
+    """What a choice says of itself: a truth, or a function of its options; default: yes."""
+    method = choices_in_use(config)[seam]
+    said = getattr(method, what, True)
+    return bool(said(options_of(seam, config, method)) if callable(said) else said)
+
+
+def _not_in_use(config: TaskMoEConfig) -> str:
+    return f"moe.bank {config.bank!r} and moe.router {config.router!r} take none"
+
+
 def readers_of(key: str) -> list[tuple[str, str]]:
     """(seam, name) of every choice that reads a key."""
     found = []
@@ -92,7 +133,7 @@ def readers_of(key: str) -> list[tuple[str, str]]:
 
 
 def check_choices(config: TaskMoEConfig) -> None:
-    """Refuse names that are unknown, options that are, and choices that do not go together.
+    """Refuse names that are unknown, options that are, and gates that the bank does not take.
 
     Raises:
         ConfigError: names the key, the value and what to do.
@@ -117,3 +158,24 @@ def check_choices(config: TaskMoEConfig) -> None:
                 f"moe.router: {config.router!r} routes by {level}, but moe.bank {config.bank!r} takes gates "
                 f"by {wanted}"
             )
+
+
+def check_methods(config: TaskMoEConfig) -> None:
+    """Refuse what the choices in use say of the settings themselves: each in ``check(config, options)``.
+
+    Names, options and counts are checked before.
+
+    Raises:
+        ConfigError: names the key, the value and what to do.
+    """
+    for seam, method in choices_in_use(config).items():
+        if hasattr(method, "check"):
+            method.check(config, options_of(seam, config, method))
+
+
+def refuses_packs(config: TaskMoEConfig) -> str | None:
+    """Which choice in use takes no rows of several sequences; None: each takes them."""
+    for seam in choices_in_use(config):
+        if not _says("packs", seam, config):
+            return f"moe.{seam} {getattr(config, seam)!r} takes no rows of several sequences"
+    return None

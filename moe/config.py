@@ -9,6 +9,8 @@ from typing import Any
 ALIASES = {"n_skills": "num_experts", "n_splits": "num_heads"}
 
 SCOPES = ("linear", "layer", "stack", "model")
+COMPOSE = ("after", "before")
+NEW_ROWS = ("mean", "zero", "random", "nearest")
 
 
 class ConfigError(ValueError):
@@ -52,6 +54,14 @@ class TaskMoEConfig:
     expert_pattern: dict[str, int] | None = None  # {module name or regex: num_experts}; token routers only
     modules_to_save: tuple[str, ...] | None = None
     new_task_rows: str = "mean"  # rows of tasks added later: mean | zero | random | nearest (in a run)
+
+    def ranks(self) -> tuple[int, ...]:
+        """Each rank that some layer may have: ``r`` and those of ``rank_pattern``."""
+        return (self.r, *(self.rank_pattern or {}).values())
+
+    def expert_counts(self) -> tuple[int, ...]:
+        """Each number of experts that some layer may have: ``num_experts``, and ``expert_pattern``'s."""
+        return (self.num_experts, *(self.expert_pattern or {}).values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

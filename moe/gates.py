@@ -9,14 +9,21 @@ logits for a method that is ``noisy``, while it trains; None: none, as in evalua
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from taskmoe.moe.config import TaskMoEConfig
-from taskmoe.moe.sigmoid_gates import BernoulliOptions, SigmoidOptions, bernoulli, bernoulli_odds, sigmoid
+from taskmoe.moe.sigmoid_gates import (
+    BernoulliOptions,
+    SigmoidOptions,
+    bernoulli,
+    bernoulli_odds,
+    sigmoid,
+    unread_by_l2,
+)
 
 Gated = tuple[Tensor, Tensor | None]
 
@@ -25,16 +32,17 @@ Gated = tuple[Tensor, Tensor | None]
 class GateMethod:
     """One way to gate.
 
-    uses: the settings it reads; idle: {(option, value): those it leaves unread with that option}. noisy:
-    whether it takes noise in training. Options: a dataclass of settings of its own. soft: what its values are
-    before they are rounded or cut to k experts, ``(logits, temperature, noise, options) -> [..., E]`` of 0 or
-    more; None: the values, which say that themselves. chooses: whether, with these options, its values are
-    zero at the experts that a task or a token does not use. blind: does not look at the logits.
+    uses: the settings it reads; idle: options -> {those of them, or options, that it leaves unread: why}.
+    noisy: whether it takes noise in training. Options: a dataclass of settings of its own. soft: what its
+    values are before they are rounded or cut to k experts, ``(logits, temperature, noise, options)`` ->
+    [..., E] of 0 or more; None: the values, which say that themselves. chooses: whether, with these
+    options, its values are zero at the experts that a task or a token does not use. blind: does not look at
+    the logits.
     """
 
     function: Callable[..., Gated]
     uses: tuple[str, ...] = ("router_temperature",)
-    idle: Mapping[tuple[str, Any], tuple[str, ...]] = field(default_factory=dict)
+    idle: Callable[[Any], Mapping[str, str]] = lambda options: {}
     noisy: bool = False
     Options: type | None = None
     soft: Callable[..., Tensor] | None = None
@@ -138,9 +146,7 @@ def with_gate(config: TaskMoEConfig, name: str) -> TaskMoEConfig:
 
 GATES: dict[str, GateMethod] = {
     "softmax": GateMethod(softmax),
-    "sigmoid": GateMethod(
-        sigmoid, idle={("normalise", "l2"): ("router_temperature",)}, Options=SigmoidOptions
-    ),
+    "sigmoid": GateMethod(sigmoid, idle=unread_by_l2, Options=SigmoidOptions),
     "bernoulli": GateMethod(
         bernoulli,
         noisy=True,

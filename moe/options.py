@@ -12,7 +12,7 @@ from typing import Any
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 
 # Every key a method may read belongs to a seam's choice, but these: they hold whatever is chosen.
-GENERAL = ("representation", "router", "gate", "bank", "regularisers", "modules_to_save", "new_task_rows")
+GENERAL = ("representation", "router", "gate", "bank", "regularisers", "modules_to_save")
 
 
 def options_of(seam: str, config: TaskMoEConfig, method: Any) -> Any:
@@ -33,7 +33,8 @@ def read_options(key: str, who: str, method: Any, given: Mapping[str, Any]) -> A
     """``given`` as the ``Options`` dataclass of ``method`` (None if it has none).
 
     Raises:
-        ConfigError: an unknown option, or a value of another type, with its key.
+        ConfigError: an unknown option, a value of another type, or one that the others leave without effect
+            (``method.idle``), with its key.
     """
     cls = getattr(method, "Options", None)
     kinds = {} if cls is None else typing.get_type_hints(cls)
@@ -47,7 +48,21 @@ def read_options(key: str, who: str, method: Any, given: Mapping[str, Any]) -> A
             raise ConfigError(f"{key}.{name}: {value!r} is not {wanted}")
     if cls is None:
         return None
-    return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+    options = cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+    for name, reason in idle(method, options).items():
+        # Off is no wish: it may stand where it has no effect.
+        if given.get(name) is not None and given[name] is not False:
+            raise ConfigError(f"{key}.{name}: {given[name]!r} has no effect: {reason}; leave it out")
+    return options
+
+
+def idle(method: Any, options: Any) -> dict[str, str]:
+    """{key or option: why it has no effect} of what ``method`` leaves unread with these ``options``.
+
+    A method says so in ``idle``, a function of its filled options.
+    """
+    said = getattr(method, "idle", None)
+    return {} if said is None else dict(said(options))
 
 
 def _fits(value: Any, kind: Any) -> bool:

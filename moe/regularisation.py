@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from taskmoe.moe.config import ConfigError
 from taskmoe.moe.penalties import penalise, rows_of
 from taskmoe.moe.regularisers.base import OfParameters, OfRouting, OfTokens, Regulariser, Routed
-from taskmoe.moe.regularisers.kinds import read_regularisers, refusal
+from taskmoe.moe.regularisers.kinds import check_alone, no_place, read_regularisers
 from taskmoe.moe.routing import Routing
 from taskmoe.moe.task_ids import read_task_ids
 
@@ -53,7 +53,7 @@ class Penalties:
         for name, term in self.terms.items():
             self._places[name] = term.enter(model, name)
             if not self._places[name]:
-                raise ConfigError(f"moe.regularisers.{name}: {term.absent}; leave it out")
+                raise ConfigError(no_place(name))
 
     # -- terms of activations --------------------------------------------------------------------------------
 
@@ -86,14 +86,7 @@ class Penalties:
         Raises:
             ConfigError: names the term.
         """
-        for name, term in self.terms.items():
-            if term.sort == "activations" and term.couples:
-                raise ConfigError(refusal(name))
-            if term.sort == "activations" and way != "fused":
-                raise ConfigError(
-                    f"moe.regularisers.{name}: would join the loss once in each pass of surgery.way {way!r}; "
-                    "it needs the one pass of 'fused'"
-                )
+        check_alone(self.terms, way)
 
     # -- terms of routing and parameters ---------------------------------------------------------------------
 

@@ -24,8 +24,13 @@ class SigmoidOptions:
 
     def __post_init__(self) -> None:
         _check_norm(self.normalise, ("sum", "sqrt", "l2"))
-        if self.shared and self.normalise == "l2":
-            raise ConfigError("moe.gate_options.shared: true has no effect with normalise: l2; leave it out")
+
+
+def unread_by_l2(options: SigmoidOptions) -> dict[str, str]:
+    """What ``normalise: l2`` leaves without effect, see ``GateMethod.idle``."""
+    if options.normalise != "l2":
+        return {}
+    return dict.fromkeys(("router_temperature", "shared"), "normalise: l2 takes no sigmoid")
 
 
 @dataclass(frozen=True)

@@ -147,8 +147,11 @@ class Fusion(BehindBlocks):
     """The kind ``fusion``: phase 1 trains ``experts`` (one adapter a task: ``router: fixed_map``), phase 2
     ``router`` (the attention). ``router_temperature`` divides the attention's scores."""
 
-    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "router_temperature", "router_scope", *WHERE)
+    uses: ClassVar[tuple[str, ...]] = (
+        "r", "num_experts", "router_temperature", "router_scope", "new_task_rows", *WHERE,
+    )  # fmt: skip
     levels: ClassVar[tuple[str, ...]] = ("task",)
+    routes: ClassVar[bool] = True  # the attention is of the group router
 
     @dataclass(frozen=True)
     class Options(BlockOptions):
@@ -162,6 +165,11 @@ class Fusion(BehindBlocks):
             super().__post_init__()
             if not 0 <= self.dropout < 1:
                 raise ConfigError(f"moe.bank_options.dropout: {self.dropout} must be in [0, 1)")
+
+    @staticmethod
+    def idle(options: Options) -> dict[str, str]:
+        """See ``moe/choices.py``."""
+        return {} if options.per_task else {"new_task_rows": "per_task is false: one attention for all"}
 
     @classmethod
     def build(

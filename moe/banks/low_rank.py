@@ -54,6 +54,7 @@ class LowRankBank(Bank):
     )  # fmt: skip
     levels: ClassVar[tuple[str, ...]] = ("task", "token")
     splits: ClassVar[bool] = True
+    by_expert: ClassVar[tuple[str, ...]] = ("A_ErK", "B_ErN")
     shares: ClassVar[bool] = True  # a shrink with its siblings
     first: ClassVar[bool] = True  # may write before the frozen product is added
 

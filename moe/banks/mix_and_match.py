@@ -31,12 +31,18 @@ class MixAndMatchBank(CoreBank):
 
     def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:
         super().__init__(config, d_in, r)
-        if config.num_experts % r:
-            raise ConfigError(
-                f"moe.num_experts: {config.num_experts} pairs of {r} rows of A (moe.r) with rows of B; "
-                f"make it a multiple of {r}"
-            )
         self.B_QN = nn.Parameter(torch.zeros(config.num_experts // r, d_out))
+
+    @staticmethod
+    def check(config: TaskMoEConfig, options: None) -> None:
+        """Raises ConfigError where the pairs do not fill whole rows of B; see :class:`BankKind`."""
+        for E in config.expert_counts():
+            for r in config.ranks():
+                if E % r:
+                    raise ConfigError(
+                        f"moe.num_experts: {E} pairs of {r} rows of A (moe.r) with rows of B; make it a "
+                        f"multiple of {r}"
+                    )
 
     def of_task(self, gates_HE: Tensor, task: int) -> tuple[Tensor, Tensor]:
         """What one task uses, as (A [R, K], B [R, N]) of ``B^T A x``."""

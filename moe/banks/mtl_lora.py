@@ -27,8 +27,11 @@ class MtlLoraBank(CoreBank):
     A_RK: [r, K]; lambda_Trr: [T, r, r], the identity, each task's own; B_ErN: [E, r, N], zero; float32.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "lora_alpha", "lora_dropout")
+    uses: ClassVar[tuple[str, ...]] = (
+        "r", "num_experts", "lora_alpha", "lora_dropout", "new_task_rows",
+    )  # fmt: skip
     levels: ClassVar[tuple[str, ...]] = ("task", "token")
+    by_expert: ClassVar[tuple[str, ...]] = ("B_ErN",)
     task_dims: ClassVar[dict[str, int]] = {"lambda_Trr": 0}
 
     def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:

@@ -39,8 +39,34 @@ class OnLinears:
         self.bank = bank
         self.uses: tuple[str, ...] = (*bank.uses, *TARGETS)
         self.levels: tuple[str, ...] = bank.levels
+        self.by_expert: tuple[str, ...] = getattr(bank, "by_expert", ())
         if hasattr(bank, "Options"):
             self.Options = bank.Options
+
+    def check(self, config: TaskMoEConfig, options: Any) -> None:
+        """See :class:`taskmoe.moe.banks.base.BankKind`; then what the bank itself refuses.
+
+        Raises:
+            ConfigError: numbers of experts or ``compose`` that do not go with the router; as ``bank.check``.
+        """
+        by_token = bool(self.levels) and config.router in TOKEN_ROUTERS
+        if config.expert_pattern and not by_token:
+            raise ConfigError(
+                f"moe.expert_pattern: router {config.router!r} gives all layers as many gates; use a router "
+                "of tokens, or leave it out"
+            )
+        for name, E in (config.expert_pattern or {}).items():
+            if config.top_k is not None and config.top_k > E:
+                raise ConfigError(
+                    f"moe.expert_pattern: {E} experts of {name!r} are fewer than top_k {config.top_k}"
+                )
+        if by_token and "compose" in self.uses and config.compose != "after":
+            raise ConfigError(
+                f"moe.compose: {config.compose!r} averages parameters, which router {config.router!r} would "
+                "do for every token; use compose: after"
+            )
+        if hasattr(self.bank, "check"):
+            self.bank.check(config, options)
 
     def place(
         self,
@@ -92,24 +118,9 @@ class OnLinears:
             )
         if config.expert_pattern:
             config = replace(config, num_experts=experts_of(name, config))
-            if config.router not in TOKEN_ROUTERS:
-                raise ConfigError(
-                    f"moe.expert_pattern: router {config.router!r} gives all layers as many gates; use a "
-                    "router of tokens, or leave it out"
-                )
-            if config.top_k is not None and config.num_experts < config.top_k:
-                raise ConfigError(
-                    f"moe.expert_pattern: {config.num_experts} experts of {name} are fewer than top_k "
-                    f"{config.top_k}"
-                )
         device = next(chain(linear.parameters(), linear.buffers())).device
         bank = self.bank(config, d_in, d_out, rank_of(name, config), table)
         routing = None
         if self.levels and config.router in TOKEN_ROUTERS:
-            if "compose" in self.uses and config.compose != "after":
-                raise ConfigError(
-                    f"moe.compose: {config.compose!r} averages parameters, which router {config.router!r} "
-                    "would do for every token; use compose: after"
-                )
             routing = TokenRouting(config, d_in, table, name).to(device)
         return MoELinear(linear, bank.to(device), name, group, routing)

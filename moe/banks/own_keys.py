@@ -36,13 +36,20 @@ class OwnKeysBank(CoreBank):
         top_k: int = 8  # experts of a token; at most r
         temperature: float = 0.03  # of the softmax over them
 
+        def __post_init__(self) -> None:
+            if not self.temperature > 0:
+                raise ConfigError(f"moe.bank_options.temperature: {self.temperature} must be above 0")
+
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for more experts a token than a layer has."""
+        least = min(config.ranks())
+        if not 1 <= options.top_k <= least:
+            raise ConfigError(f"moe.bank_options.top_k: {options.top_k} must be between 1 and r = {least}")
+
     def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:
         super().__init__(config, d_in, r)
         self.options = options_of("bank", config, type(self))
-        if not 1 <= self.options.top_k <= r:
-            raise ConfigError(f"moe.bank_options.top_k: {self.options.top_k} must be between 1 and r = {r}")
-        if not self.options.temperature > 0:
-            raise ConfigError(f"moe.bank_options.temperature: {self.options.temperature} must be above 0")
         self.B_RN = nn.Parameter(torch.zeros(r, d_out))
         self.num_gates = r
 

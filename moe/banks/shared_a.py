@@ -24,6 +24,7 @@ class SharedABank(CoreBank):
 
     uses: ClassVar[tuple[str, ...]] = ("r", "num_experts", "lora_alpha", "lora_dropout")
     levels: ClassVar[tuple[str, ...]] = ("task", "token")
+    by_expert: ClassVar[tuple[str, ...]] = ("B_ErN",)
 
     def __init__(self, config: TaskMoEConfig, d_in: int, d_out: int, r: int, tasks: TaskTable) -> None:
         super().__init__(config, d_in, r)

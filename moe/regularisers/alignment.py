@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.banks.kinds import BANKS
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.penalties import rows_of
 from taskmoe.moe.regularisers.base import Regulariser
-from taskmoe.moe.tasks import TaskTable
 
 if TYPE_CHECKING:
     from taskmoe.moe.model import TaskMoEModel
 
+KEY = "moe.regularisers.alignment"
 # Of the published kernel: exp(-|x - y|^2 / (2 s)), summed over these s.
 BANDWIDTHS = (
     1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 5.0, 10.0, 15.0, 20.0, 25.0, 30.0, 35.0, 1e2, 1e3, 1e4, 1e5, 1e6,
@@ -83,29 +84,30 @@ class Alignment(Regulariser):
     @dataclass(frozen=True)
     class Options:
         distance: str = "kl"  # kl: of diagonal Gaussians | mmd: sum of Gaussian kernels
-        max_rows: int | None = None  # mmd: how many rows of a micro-batch, evenly spaced; null: 256
-        bandwidths: tuple[float, ...] | None = None  # mmd: s of exp(-d^2 / 2s), summed; null: the paper's
-        eps: float | None = None  # kl: added to the variances; null: 1e-6
+        max_rows: int = 256  # mmd: how many rows of a micro-batch, evenly spaced
+        bandwidths: tuple[float, ...] = BANDWIDTHS  # mmd: s of exp(-d^2 / 2s), summed
+        eps: float = 1e-6  # kl: added to the variances
 
-    def __init__(self, options: Options, config: TaskMoEConfig, tasks: TaskTable) -> None:
-        super().__init__(options, config, tasks)
-        key = "moe.regularisers.alignment"
-        if options.distance not in ("kl", "mmd"):
-            raise ConfigError(f"{key}.distance: {options.distance!r} is unknown; known are kl, mmd")
-        for option, of in {"max_rows": "mmd", "bandwidths": "mmd", "eps": "kl"}.items():
-            if getattr(options, option) is not None and options.distance != of:
-                raise ConfigError(
-                    f"{key}.{option}: has no effect with distance: {options.distance}; leave it out"
-                )
-        self.max_rows = 256 if options.max_rows is None else options.max_rows
-        self.bandwidths = BANDWIDTHS if options.bandwidths is None else options.bandwidths
-        self.eps = 1e-6 if options.eps is None else options.eps
-        if self.max_rows < 2:
-            raise ConfigError(f"{key}.max_rows: {self.max_rows} must be at least 2")
-        if not self.bandwidths or min(self.bandwidths) <= 0:
-            raise ConfigError(f"{key}.bandwidths: {self.bandwidths} must be numbers above 0")
-        if not self.eps > 0:
-            raise ConfigError(f"{key}.eps: {self.eps} must be above 0")
+        def __post_init__(self) -> None:
+            if self.distance not in ("kl", "mmd"):
+                raise ConfigError(f"{KEY}.distance: {self.distance!r} is unknown; known are kl, mmd")
+            if self.max_rows < 2:
+                raise ConfigError(f"{KEY}.max_rows: {self.max_rows} must be at least 2")
+            if not self.bandwidths or min(self.bandwidths) <= 0:
+                raise ConfigError(f"{KEY}.bandwidths: {self.bandwidths} must be numbers above 0")
+            if not self.eps > 0:
+                raise ConfigError(f"{KEY}.eps: {self.eps} must be above 0")
+
+    @staticmethod
+    def idle(options: Options) -> dict[str, str]:
+        """Options of the other distance; see ``moe/choices.py``."""
+        of = {"max_rows": "mmd", "bandwidths": "mmd", "eps": "kl"}
+        return {name: f"distance is {options.distance!r}" for name, d in of.items() if d != options.distance}
+
+    @classmethod
+    def fits(cls, options: Options, config: TaskMoEConfig) -> bool:
+        """See :class:`Regulariser`."""
+        return "A_ErK" in getattr(BANKS[config.bank], "by_expert", ())
 
     def enter(self, model: TaskMoEModel, name: str) -> int:
         """Hook the banks: inside their call, where ZeRO-3 has their parameters whole."""
@@ -117,11 +119,12 @@ class Alignment(Regulariser):
 
     def value(self, z_MR: Tensor, weights_TM: Tensor) -> Tensor:
         """z_MR: [M, R] float32 or float64; weights_TM: [Tb, M] -> a scalar."""
-        if self.options.distance == "kl":
-            distances_TT, present_T = kl_distances(z_MR, weights_TM, self.eps)
+        options = self.options
+        if options.distance == "kl":
+            distances_TT, present_T = kl_distances(z_MR, weights_TM, options.eps)
         else:
-            every = -(-len(z_MR) // self.max_rows)
-            distances_TT, present_T = mmd_distances(z_MR[::every], weights_TM[:, ::every], self.bandwidths)
+            every = -(-len(z_MR) // options.max_rows)
+            distances_TT, present_T = mmd_distances(z_MR[::every], weights_TM[:, ::every], options.bandwidths)
         pairs_TT = (present_T.unsqueeze(1) & present_T.unsqueeze(0)).triu(1)
         return (distances_TT * pairs_TT).sum() / pairs_TT.sum().clamp_min(1)
 

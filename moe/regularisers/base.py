@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.choices import choices_in_use
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
+from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.tasks import TaskTable
+from taskmoe.moe.token_routers.kinds import TOKEN_ROUTERS
 from taskmoe.moe.token_routing import TokenRouting
 
 if TYPE_CHECKING:
@@ -75,6 +78,11 @@ class Regulariser:
     def __init__(self, options: Any, config: TaskMoEConfig, tasks: TaskTable) -> None:
         self.options, self.config = options, config
 
+    @classmethod
+    def fits(cls, options: Any, config: TaskMoEConfig) -> bool:
+        """Whether a model has a place for it, as far as settings tell; :meth:`enter` has the last word."""
+        return True
+
     def enter(self, model: TaskMoEModel, name: str) -> int:
         """Find its place in an attached model, under its name; returns in how many places it is."""
         raise NotImplementedError
@@ -85,6 +93,12 @@ class OfRouting(Regulariser):
 
     sort: ClassVar[str] = "routing"
     absent: ClassVar[str] = "no router by task has parameters here"
+
+    @classmethod
+    def fits(cls, options: Any, config: TaskMoEConfig) -> bool:
+        """A router by task is in use, and has parameters."""
+        router = choices_in_use(config).get("router")
+        return router in ROUTERS.values() and getattr(router, "trains", True)
 
     def enter(self, model: TaskMoEModel, name: str) -> int:
         router = model.routing.router
@@ -130,6 +144,11 @@ class OfTokens(Regulariser):
 
     sort: ClassVar[str] = "activations"
     absent: ClassVar[str] = "no layer routes tokens here; it needs a router by token"
+
+    @classmethod
+    def fits(cls, options: Any, config: TaskMoEConfig) -> bool:
+        """A router by token is in use."""
+        return choices_in_use(config).get("router") in TOKEN_ROUTERS.values()
 
     def enter(self, model: TaskMoEModel, name: str) -> int:
         return sum(isinstance(m, TokenRouting) for m in model.modules())

@@ -12,11 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.banks.kinds import BANKS
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.regularisers.base import OfParameters, on_one_device, pair_mean
 from taskmoe.moe.tasks import TaskTable
 
 FACTORS = ("A_ErK", "B_ErN")
+
+
+def _has(config: TaskMoEConfig, *factors: str) -> bool:
+    """Whether some layer has several experts with these factors."""
+    known = getattr(BANKS[config.bank], "by_expert", ())
+    return max(config.expert_counts()) > 1 and all(name in known for name in factors)
 
 
 class Orthogonality(OfParameters):
@@ -39,6 +46,11 @@ class Orthogonality(OfParameters):
             raise ConfigError(f"{key}: {options.factor!r} is unknown; known are {', '.join(names)}")
         self.name = names[options.factor]
 
+    @classmethod
+    def fits(cls, options: Options, config: TaskMoEConfig) -> bool:
+        """See :class:`Regulariser`."""
+        return _has(config, *(name for name in FACTORS if name[0] == options.factor))
+
     def reads(self, module: nn.Module) -> list[nn.Parameter]:
         factor = getattr(module, self.name, None)
         return [factor] if isinstance(factor, nn.Parameter) and _experts(factor) > 1 else []
@@ -53,6 +65,11 @@ class ExpertDistance(OfParameters):
     <dW_e, dW_f> = sum((A_e A_f') * (B_e B_f')), so no dW is built. Experts at zero (the start) have cosine 0
     and no gradient.
     """
+
+    @classmethod
+    def fits(cls, options: None, config: TaskMoEConfig) -> bool:
+        """See :class:`Regulariser`."""
+        return _has(config, *FACTORS)
 
     def reads(self, module: nn.Module) -> list[nn.Parameter]:
         found = [getattr(module, name, None) for name in FACTORS]

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from taskmoe.moe.banks.fusion import FusionAttention, TaskFusionAttention, identity_penalty
+from taskmoe.moe.banks.fusion import (
+    Fusion,
+    FusionAttention,
+    TaskFusionAttention,
+    identity_penalty,
+)
+from taskmoe.moe.banks.kinds import BANKS
+from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.regularisers.base import OfParameters, on_one_device
 
 
@@ -15,6 +22,11 @@ class FusionIdentity(OfParameters):
 
     With value matrices of each task's own: their mean, for each layer.
     """
+
+    @classmethod
+    def fits(cls, options: None, config: TaskMoEConfig) -> bool:
+        """See :class:`Regulariser`."""
+        return BANKS[config.bank] is Fusion
 
     def reads(self, module: nn.Module) -> list[nn.Parameter]:
         if isinstance(module, FusionAttention):

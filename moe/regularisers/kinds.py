@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.options import read_options
@@ -51,29 +52,39 @@ def read_regularisers(
         kind = REGULARISERS.get(name)
         if kind is None:
             near = difflib.get_close_matches(str(name), REGULARISERS, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"{key}: unknown; known are {', '.join(REGULARISERS)}; the nearest is {near!r}"
-            )
+            raise ConfigError(f"{key}: unknown; known are {', '.join(REGULARISERS)}; the nearest is {near!r}")
         weight, options = read_weight(name, given, kind.signed)
         filled = read_options(key, f"regulariser {name!r}", kind, options)
+        if not kind.fits(filled, config):
+            raise ConfigError(no_place(name))
         found[name] = weight, kind(filled, config, TaskTable() if tasks is None else tasks)
     return found
 
 
-def check_alone(config: TaskMoEConfig) -> None:
-    """Refuse terms that couple tasks inside the layers, where the tasks' gradients are to be kept apart.
+def check_alone(terms: Mapping[str, Regulariser], way: str) -> None:
+    """Refuse what has no place in a matrix of task gradients.
+
+    Args:
+        terms: by name. way: of surgery, ``fused``, ``separate`` or ``slices``.
 
     Raises:
         ConfigError: names the term.
     """
-    for name, (_, term) in read_regularisers(config).items():
-        if term.sort == "activations" and term.couples:
-            raise ConfigError(refusal(name))
+    for name, term in terms.items():
+        if term.sort != "activations":
+            continue
+        if term.couples:
+            raise ConfigError(
+                f"moe.regularisers.{name}: couples the rows of several tasks inside the layers, so it "
+                "belongs to no task's gradient; leave it out, or surgery.method"
+            )
+        if way != "fused":
+            raise ConfigError(
+                f"moe.regularisers.{name}: would join the loss once in each pass of surgery.way {way!r}; it "
+                "needs the one pass of 'fused'"
+            )
 
 
-def refusal(name: str) -> str:
-    """Why a term that couples tasks does not go with surgery."""
-    return (
-        f"moe.regularisers.{name}: couples the rows of several tasks inside the layers, so it belongs to no "
-        "task's gradient; leave it out, or surgery.method"
-    )
+def no_place(name: str) -> str:
+    """That a model has no place for a term."""
+    return f"moe.regularisers.{name}: {REGULARISERS[name].absent}; leave it out"

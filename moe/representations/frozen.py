@@ -6,7 +6,7 @@ Legend: T tasks, Tb those of this batch, D task vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,18 @@ class FrozenVectors(nn.Module):
         path: str | None = None  # a .safetensors or .json file, {task name: vector}
         normalise: bool = False  # each number to mean 0 and variance 1 over the tasks
 
+    @classmethod
+    def check(cls, config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError where no file is named."""
+        if options.path is None:
+            raise none_given(cls.without())
+
     def __init__(self, config: TaskMoEConfig, tasks: TaskTable) -> None:
         super().__init__()
         options = options_of("representation", config, type(self))
-        vectors_TD = vectors_of(options.path, tasks, self.without())
+        if options.path is None:
+            raise none_given(self.without())
+        vectors_TD = vectors_of(options.path, tasks)
         self.register_buffer("vectors_TD", vectors_TD)
         self.dim, self.normalise = vectors_TD.shape[1], options.normalise
         if self.normalise:
@@ -80,18 +88,31 @@ class TextVectors(FrozenVectors):
         normalise: bool = True  # each number to mean 0 and variance 1 over the tasks
 
     @staticmethod
+    def idle(options: Options) -> dict[str, str]:
+        """Nothing is made where a file is named."""
+        made = "path names vectors that are made already"
+        return {} if options.path is None else dict.fromkeys(("model", "rows", "targets"), made)
+
+    @classmethod
+    def check(cls, config: TaskMoEConfig, options: Any) -> None:
+        """No file need be named before a run has made it."""
+
+    @staticmethod
     def without() -> str:
         return "a training run makes it; elsewhere name the file that taskmoe.train.task_vectors has made"
 
 
-def vectors_of(path: str | None, tasks: TaskTable, advice: str) -> Tensor:
+def none_given(advice: str) -> ConfigError:
+    """That no file of vectors is named."""
+    return ConfigError(f"{KEY}: none given; {advice}")
+
+
+def vectors_of(path: str, tasks: TaskTable) -> Tensor:
     """[T, D] float32 on the CPU, read from a file.
 
     Raises:
-        ConfigError: no file, one that is not readable, or a task that is not in it.
+        ConfigError: one that is not readable, or a task that is not in it.
     """
-    if path is None:
-        raise ConfigError(f"{KEY}: none given; {advice}")
     found = read_vectors(path)
     missing = [n for n in tasks.names if n not in found]
     if missing:

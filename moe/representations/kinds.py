@@ -2,7 +2,8 @@
 
 A representation is built from ``(config, tasks)``, has ``dim``, and gives [Tb, dim] for the ids of a batch's
 tasks. ``task_dims`` names the axis of the tasks of its parameters and buffers; parameters are the group
-``task_embedding``. ``trains`` says that it has parameters (default).
+``task_embedding``. ``trains`` says that it has parameters (default). ``check`` and ``idle``: see
+``moe/choices.py``.
 """
 
 from __future__ import annotations

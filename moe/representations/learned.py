@@ -20,7 +20,7 @@ class LearnedVectors(nn.Module):
     embedding_TD: [T, D] float32.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("task_embedding_dim",)
+    uses: ClassVar[tuple[str, ...]] = ("task_embedding_dim", "new_task_rows")
     task_dims: ClassVar[dict[str, int]] = {"embedding_TD": 0}
 
     @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class LearnedVectors(nn.Module):
 
         path: str | None = None  # a .safetensors or .json file, {task name: vector}; None: drawn
 
+    @staticmethod
+    def idle(options: Options) -> dict[str, str]:
+        """A task that is added takes its vector from the file; see ``moe/representations/kinds.py``."""
+        return {} if options.path is None else {"new_task_rows": "path has a vector for each task"}
+
     def __init__(self, config: TaskMoEConfig, tasks: TaskTable) -> None:
         super().__init__()
         self.dim = config.task_embedding_dim
@@ -36,7 +41,7 @@ class LearnedVectors(nn.Module):
         if path is None:
             self.embedding_TD = nn.Parameter(torch.randn(len(tasks), self.dim))
             return
-        start_TD = vectors_of(path, tasks, "")
+        start_TD = vectors_of(path, tasks)
         if start_TD.shape[1] != self.dim:
             raise ConfigError(
                 f"moe.task_embedding_dim: {self.dim}, but the vectors of {path} have {start_TD.shape[1]} "

@@ -39,18 +39,29 @@ class FixedRouter(nn.Module):
 
         experts: dict | None = None  # {task or pattern with *: expert, from 0}; None: one a group of tasks
 
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for an empty map, or experts that there are not."""
+        if options.experts is not None and not options.experts:
+            raise ConfigError(
+                "moe.router_options.experts: {} is empty; give {task or pattern: expert}, or leave it out"
+            )
+        for task, expert in (options.experts or {}).items():
+            if type(expert) is not int or not 0 <= expert < config.num_experts:
+                raise ConfigError(
+                    f"moe.router_options.experts: {str(task)!r} needs expert {expert!r}, and they are "
+                    f"numbered 0 to {config.num_experts - 1}"
+                )
+
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
         given = options_of("router", config, FixedRouter).experts
         chosen = _by_group(tasks) if given is None else _by_pattern(tasks, given)
-        for task, expert in zip(tasks, chosen, strict=True):
-            if type(expert) is not int or not 0 <= expert < config.num_experts:
-                key = "num_experts" if given is None else "router_options.experts"
-                found = config.num_experts if given is None else expert
-                raise ConfigError(
-                    f"moe.{key}: {found}: task {task.name!r} needs expert {expert!r}, and they are numbered "
-                    f"0 to {config.num_experts - 1}"
-                )
+        if max(chosen) >= config.num_experts:
+            raise ConfigError(
+                f"moe.num_experts: {config.num_experts}, but the tasks are in {1 + max(chosen)} groups, and "
+                "each needs an expert; set it to that"
+            )
         route_TE = torch.zeros(len(tasks), config.num_experts, device="cpu")
         route_TE[range(len(tasks)), chosen] = 1.0
         self.register_buffer("route_TE", route_TE, persistent=False)

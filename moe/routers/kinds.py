@@ -10,7 +10,7 @@ table of tasks grows.
 
 ``gates`` names the gates that it goes with (default: any), ``trains`` says that it has parameters (default),
 ``shares`` that tasks share them (default), ``blind`` that it says nothing and goes with a gate that asks
-nothing.
+nothing, ``over_groups`` that it needs several groups. ``check`` and ``idle``: see ``moe/choices.py``.
 """
 
 from __future__ import annotations

@@ -39,14 +39,18 @@ class RandomTaskRouter(nn.Module):
         experts: int = 1  # how many of them a task uses
         seed: int = 0  # another seed, other routes
 
-    def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
-        super().__init__()
-        options = options_of("router", config, RandomTaskRouter)
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for more experts than there are."""
         if not 1 <= options.experts <= config.num_experts:
             raise ConfigError(
                 f"moe.router_options.experts: {options.experts} must be between 1 and num_experts = "
                 f"{config.num_experts}"
             )
+
+    def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
+        super().__init__()
+        options = options_of("router", config, RandomTaskRouter)
         shape = (len(groups), config.num_heads, config.num_experts)
         routes = []
         for task in tasks:

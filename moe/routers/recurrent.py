@@ -60,6 +60,7 @@ class RecurrentRouter(nn.Module):
         "representation", "num_experts", "num_heads", "router_scope", "router_hidden_dim",
     )  # fmt: skip
     task_dims: ClassVar[dict[str, int]] = {}
+    over_groups: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Options:
@@ -73,9 +74,14 @@ class RecurrentRouter(nn.Module):
                 known = ", ".join(CELLS)
                 raise ConfigError(f"moe.router_options.cell: {self.cell!r} is unknown; known are {known}")
 
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError where the scope says that there is one group."""
+        require_several(config)
+
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
-        require_several(config, groups)
+        require_several(config, len(groups))
         options = options_of("router", config, RecurrentRouter)
         self.cell, gates, self.tensors = CELLS[options.cell]
         self.heads, self.experts, self.hidden = config.num_heads, config.num_experts, config.router_hidden_dim
@@ -111,11 +117,13 @@ class RecurrentRouter(nn.Module):
         return torch.stack(seen)
 
 
-def require_several(config: TaskMoEConfig, groups: Sequence[str]) -> None:
-    """Raises:
-    ConfigError: a router over layers has one group only.
+def require_several(config: TaskMoEConfig, groups: int | None = None) -> None:
+    """groups: how many there are; None: not known yet.
+
+    Raises:
+        ConfigError: a router over layers has one group only.
     """
-    if len(groups) < 2:
+    if config.router_scope == "model" if groups is None else groups < 2:
         raise ConfigError(
             f"moe.router_scope: {config.router_scope!r} makes one routing group of all layers, but router "
             f"{config.router!r} goes over several; use router_scope: layer"

@@ -22,7 +22,9 @@ class TaskTableRouter(nn.Module):
     average.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("num_experts", "num_heads", "router_scope", "router_init_std")
+    uses: ClassVar[tuple[str, ...]] = (
+        "num_experts", "num_heads", "router_scope", "router_init_std", "new_task_rows",
+    )  # fmt: skip
     task_dims: ClassVar[dict[str, int]] = {"logits_STHE": 1}
     shares: ClassVar[bool] = False  # a row belongs to one task
 

@@ -32,6 +32,7 @@ class TransformerRouter(nn.Module):
         "representation", "num_experts", "num_heads", "router_scope", "router_hidden_dim",
     )  # fmt: skip
     task_dims: ClassVar[dict[str, int]] = {}
+    over_groups: ClassVar[bool] = True
 
     @dataclass(frozen=True)
     class Options:
@@ -39,16 +40,22 @@ class TransformerRouter(nn.Module):
 
         heads: int = 4  # of the attention; they divide router_hidden_dim
 
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for heads that do not divide, and as :func:`require_several`."""
+        require_several(config)
+        if options.heads < 1 or config.router_hidden_dim % options.heads:
+            raise ConfigError(
+                f"moe.router_options.heads: {options.heads} does not divide router_hidden_dim = "
+                f"{config.router_hidden_dim}"
+            )
+
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
-        require_several(config, groups)
+        require_several(config, len(groups))
         self.attention_heads = options_of("router", config, TransformerRouter).heads
         self.heads, self.experts = config.num_heads, config.num_experts
         F, out = config.router_hidden_dim, self.heads * self.experts
-        if self.attention_heads < 1 or F % self.attention_heads:
-            raise ConfigError(
-                f"moe.router_options.heads: {self.attention_heads} does not divide router_hidden_dim = {F}"
-            )
         self.w_in_DF, self.b_in_F = _matrix(dim, F), nn.Parameter(torch.zeros(F))
         self.places_SF = nn.Parameter(torch.randn(len(groups), F))
         self.w_qkv_FQ = _matrix(F, 3 * F)

@@ -44,7 +44,6 @@ class TokenClusterRouter(Bank):
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True
     gates: ClassVar[tuple[str, ...]] = ("raw",)  # what it gives are gates
-    reads_instances: ClassVar[bool] = True
     centroids_ED: Tensor
 
     @dataclass(frozen=True)
@@ -58,6 +57,22 @@ class TokenClusterRouter(Bank):
             if self.dim < 1 or not self.speed > 0:
                 key, found = ("dim", self.dim) if self.dim < 1 else ("speed", self.speed)
                 raise ConfigError(f"moe.router_options.{key}: {found} must be above 0")
+
+    @staticmethod
+    def reads_instances(options: Options) -> bool:
+        """Whether the model must be told what each sequence is about."""
+        return options.cluster_scale != 0
+
+    @classmethod
+    def packs(cls, options: Options) -> bool:
+        """A row of several sequences is not about one thing."""
+        return not cls.reads_instances(options)
+
+    @classmethod
+    def idle(cls, options: Options) -> dict[str, str]:
+        """Without the clusters no instance is embedded."""
+        unread = "cluster_scale is 0, so that no instance is read"
+        return {} if cls.reads_instances(options) else dict.fromkeys(("dim", "encoder"), unread)
 
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
@@ -80,7 +95,9 @@ class TokenClusterRouter(Bank):
         w_M1 = by_row(torch.sigmoid(speed * omega_G1), plan)
         logits_ME = shrink(x_MK, [weight_GE1K], [None], plan)[0]
         token_ME = E * torch.softmax(logits_ME / context.temperature, dim=1)
-        gates_ME = w_M1 * token_ME + (1 - w_M1) * self._similarities(x_MK, context)
+        gates_ME = w_M1 * token_ME
+        if self.reads_instances(self.options):
+            gates_ME = gates_ME + (1 - w_M1) * self._similarities(x_MK, context)
         return by_row(torch.sigmoid(speed * beta_G1), plan) * gates_ME
 
     def _similarities(self, x_MK: Tensor, context: Context) -> Tensor:

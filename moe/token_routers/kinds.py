@@ -5,7 +5,8 @@ plan)``: the rows that the layer reads. ``dim`` is the size of the tasks' vector
 (0 unless ``uses`` names ``representation``). It returns logits [M, E]; or gates, and then says so in
 ``gates``. It is a :class:`~taskmoe.moe.banks.base.Bank` of kind ``router``; parameters that tasks share go
 through ``context.split`` where there is one. ``total``: the sum of its gates, where it gives gates.
-``name``: of the layer, which :class:`~taskmoe.moe.token_routing.TokenRouting` fills in.
+``name``: of the layer, which :class:`~taskmoe.moe.token_routing.TokenRouting` fills in. ``check``, ``idle``
+and ``packs``: see ``moe/choices.py``.
 """
 
 from __future__ import annotations

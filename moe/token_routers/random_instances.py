@@ -30,6 +30,7 @@ class RandomInstanceRouter(Bank):
     splits: ClassVar[bool] = True
     gates: ClassVar[tuple[str, ...]] = ("raw",)
     trains: ClassVar[bool] = False
+    packs: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Options:
@@ -37,15 +38,19 @@ class RandomInstanceRouter(Bank):
 
         experts: int = 1  # how many of them a sequence uses
 
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for more experts than a layer has."""
+        least = min(config.expert_counts())
+        if not 1 <= options.experts <= least:
+            raise ConfigError(
+                f"moe.router_options.experts: {options.experts} must be between 1 and num_experts = {least}"
+            )
+
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int = 0) -> None:
         super().__init__()
         self.chosen = options_of("router", config, RandomInstanceRouter).experts
         self.experts = config.num_experts
-        if not 1 <= self.chosen <= self.experts:
-            raise ConfigError(
-                f"moe.router_options.experts: {self.chosen} must be between 1 and num_experts = "
-                f"{self.experts}"
-            )
 
     def forward(self, x_MK: Tensor, context: Context, plan: Plan) -> Tensor:
         """x_MK: [M, K] floating -> gates [M, E], equal over the rows of a sequence.

@@ -46,16 +46,23 @@ class RanksRouter(Bank):
         top_k: int = 8  # ranks of a token
         bias_step: float = 1e-5  # how far a rank's bias moves in a step; 0: no bias
 
+        def __post_init__(self) -> None:
+            if not self.bias_step >= 0:
+                raise ConfigError(f"moe.router_options.bias_step: {self.bias_step} must be 0 or more")
+
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for more ranks a token than a layer has."""
+        least = min(config.expert_counts())
+        if not 1 <= options.top_k <= least:
+            raise ConfigError(
+                f"moe.router_options.top_k: {options.top_k} must be between 1 and num_experts = {least}"
+            )
+
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
         self.options = options_of("router", config, type(self))
         E, bound = config.num_experts, 1 / math.sqrt(d_in)
-        if not 1 <= self.options.top_k <= E:
-            raise ConfigError(
-                f"moe.router_options.top_k: {self.options.top_k} must be between 1 and num_experts = {E}"
-            )
-        if self.options.bias_step < 0:
-            raise ConfigError(f"moe.router_options.bias_step: {self.options.bias_step} must be 0 or more")
         self.weight_E1K = nn.Parameter(torch.empty(E, 1, d_in).uniform_(-bound, bound))
         self.register_buffer("bias_E", torch.zeros(E))
         self.register_buffer("count_E", torch.zeros(E), persistent=False)  # of this step's choices

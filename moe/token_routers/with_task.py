@@ -100,10 +100,11 @@ class GatePerTaskRouter(Bank):
     weight_TEK: [T, E, K] float32, uniform in +-1 / sqrt(K): no task shares it with another.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("num_experts",)
+    uses: ClassVar[tuple[str, ...]] = ("num_experts", "new_task_rows")
     kind: ClassVar[str] = "router"
     splits: ClassVar[bool] = True  # nothing is shared: a task's gate gets that task's gradient alone
     task_dims: ClassVar[dict[str, int]] = {"weight_TEK": 0}
+    shares: ClassVar[bool] = False
 
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()

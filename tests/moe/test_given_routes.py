@@ -41,8 +41,9 @@ def test_the_fixed_router_by_pattern_and_by_group():
             {"experts": {"sotr": 0, "*": 1}},
             "moe.router_options.experts: 'sotr' matches no task; the nearest of 3 is 'sort'",
         ),
-        ({"experts": {"*": 3}}, "moe.router_options.experts: 3: task 'sort' needs expert 3, .* 0 to 2"),
-        ({"experts": {"*": "a"}}, "moe.router_options.experts: a: task 'sort' needs expert 'a'"),
+        ({"experts": {"*": 3}}, r"moe.router_options.experts: '\*' needs expert 3, .* 0 to 2"),
+        ({"experts": {"*": "a"}}, r"moe.router_options.experts: '\*' needs expert 'a', .* 0 to 2"),
+        ({"experts": {}}, "moe.router_options.experts: {} is empty"),
     ],
 )
 def test_a_task_without_an_expert_is_an_error(settings, message, tiny):

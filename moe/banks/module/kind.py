@@ -38,6 +38,22 @@ class Module:
         every: int = 1  # then every so many layers
         noise: float = 0.0  # standard deviation of what is added to each copy (Ye et al.: 1e-8)
 
+        def __post_init__(self) -> None:
+            for key, least in (("first", 0), ("every", 1), ("noise", 0)):
+                value = getattr(self, key)
+                if not value >= least:
+                    raise ConfigError(f"moe.bank_options.{key}: {value} must be at least {least}")
+
+    @staticmethod
+    def check(config: TaskMoEConfig, options: Options) -> None:
+        """Raises ConfigError for blocks of features, or tokens routed where they see each other."""
+        if config.num_heads != 1:
+            raise ConfigError(
+                f"moe.num_heads: {config.num_heads} needs bank: low_rank; a module has no blocks"
+            )
+        if config.router in TOKEN_ROUTERS and options.of in ("layer", "attention"):
+            raise _sees(options.of, f"each {options.of} of the model", config)
+
     @staticmethod
     def place(
         model: nn.Module,
@@ -54,15 +70,11 @@ class Module:
             RowSpaceError: a module whose rows cannot be assigned to sequences, by name.
         """
         options = options_of("bank", config, Module)
-        _check(config, options)
         found = find_modules(model, options.of, options.first, options.every)
         _check_saved(config, found)
         for name, module in found.items():
             if config.router in TOKEN_ROUTERS and attends(name, module):
-                raise ConfigError(
-                    f"moe.bank_options.of: {options.of!r} is {name}, where tokens see each other, and router "
-                    f"{config.router!r} routes them one by one; use of: ffn, or a router by task"
-                )
+                raise _sees(options.of, name, config)
             fixed = next((n for n, p in module.named_parameters() if not p.is_floating_point()), None)
             if fixed is not None:
                 raise ConfigError(
@@ -100,14 +112,11 @@ def _class_for(module: nn.Module) -> type[ModuleExperts]:
     return LayerExperts if isinstance(module, GradientCheckpointingLayer) else ModuleExperts
 
 
-def _check(config: TaskMoEConfig, options: Any) -> None:
-    for key, least in (("first", 0), ("every", 1)):
-        if getattr(options, key) < least:
-            raise ConfigError(f"moe.bank_options.{key}: {getattr(options, key)} must be at least {least}")
-    if not options.noise >= 0:
-        raise ConfigError(f"moe.bank_options.noise: {options.noise} must be 0 or more")
-    if config.num_heads != 1:
-        raise ConfigError(f"moe.num_heads: {config.num_heads} needs bank: low_rank; a module has no blocks")
+def _sees(of: str, name: str, config: TaskMoEConfig) -> ConfigError:
+    return ConfigError(
+        f"moe.bank_options.of: {of!r} is {name}, where tokens see each other, and router {config.router!r} "
+        "routes them one by one; use of: ffn, or a router by task"
+    )
 
 
 def _check_saved(config: TaskMoEConfig, found: Mapping[str, nn.Module]) -> None:

@@ -17,6 +17,7 @@ from taskmoe.moe.banks.prompt.site import Site, find_site
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.context import Context, use
 from taskmoe.moe.options import options_of
+from taskmoe.moe.routers.kinds import ROUTERS
 from taskmoe.moe.tasks import TaskTable
 
 ENTRIES = dict(zip(PLACES, (Prompts, LayerPrompts), strict=True))
@@ -26,13 +27,33 @@ LAYER_STD = 0.02  # there is no token to start a key or a value from
 class PromptKind:
     """A kind whose experts are prompts: ``bank(config, options, number of tasks, starts)``."""
 
-    packs = False  # a row of several tasks has no one place for a prompt
+    packs = False  # a row of several sequences has no one place for a prompt
 
     def __init__(self, bank: Any) -> None:
         self.bank = bank
         self.uses: tuple[str, ...] = bank.uses
         self.levels: tuple[str, ...] = bank.levels
+        self.shares: bool = getattr(bank, "shares", True)
         self.Options = bank.Options
+
+    def check(self, config: TaskMoEConfig, options: PromptOptions) -> None:
+        """Raises ConfigError for a routing that is not one for the whole model; see :class:`BankKind`."""
+        if not self.levels:
+            return
+        if config.num_heads > 1:
+            raise ConfigError(
+                f"moe.num_heads: {config.num_heads} with prompts; they are mixed whole, so leave it at 1"
+            )
+        if config.router_scope != TaskMoEConfig.router_scope:
+            raise ConfigError(
+                f"moe.router_scope: {config.router_scope!r} with prompts; a bank of prompts has one routing, "
+                "so leave it out"
+            )
+        if getattr(ROUTERS[config.router], "over_groups", False):
+            raise ConfigError(
+                f"moe.router: {config.router!r} goes over several routing groups, and a bank of prompts has "
+                "one; use another router"
+            )
 
     def place(
         self,
@@ -49,15 +70,6 @@ class PromptKind:
             ConfigError: options that cannot be used, a model that prompts cannot enter.
         """
         options = options_of("bank", config, self)
-        if self.levels and config.num_heads > 1:
-            raise ConfigError(
-                f"moe.num_heads: {config.num_heads} with prompts; they are mixed whole, so leave it at 1"
-            )
-        if self.levels and config.router_scope != TaskMoEConfig.router_scope:
-            raise ConfigError(
-                f"moe.router_scope: {config.router_scope!r} with prompts; a bank of prompts has one routing, "
-                "so leave it out"
-            )
         site = find_site(model)
         owners = [getattr(hook, "__self__", None) for hook in site.body._forward_pre_hooks.values()]
         if any(isinstance(owner, Prompts) for owner in owners):

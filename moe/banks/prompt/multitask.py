@@ -32,7 +32,7 @@ class MultitaskPrompts(Bank):
     """
 
     Options = MultitaskOptions
-    uses: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ("new_task_rows",)
     levels: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[bool] = True
     task_dims: ClassVar[dict[str, int]] = {"rows_Tl": 0, "columns_TW": 0}

@@ -78,7 +78,8 @@ class PerTaskPrompts(Bank):
     """
 
     Options = PerTaskOptions
-    uses: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ("new_task_rows",)
+    shares: ClassVar[bool] = False  # a prompt belongs to one task
     levels: ClassVar[tuple[str, ...]] = ()
     splits: ClassVar[bool] = True
     task_dims: ClassVar[dict[str, int]] = {"prompts_TlW": 0}

@@ -313,7 +313,7 @@ def test_copies_are_recomputed_not_kept(tiny, batch, head, checkpoint):
         ({"bank_options": {"noise": -1.0}}, "moe.bank_options.noise: -1.0"),
         ({"bank_options": {"off": "ffn"}}, "moe.bank_options.off: unknown option"),
         ({"modules_to_save": ("input_layernorm",)}, "moe.modules_to_save: 'input_layernorm' lies inside"),
-        ({"router": "token_linear"}, "moe.bank_options.of: 'layer' is model.layers.0, where tokens see"),
+        ({"router": "token_linear"}, "moe.bank_options.of: 'layer' is each layer of the model, where tok"),
         ({"num_heads": 2, "compose": "before"}, "moe.num_heads: 2 needs bank: low_rank"),
     ],
 )

@@ -174,9 +174,9 @@ def test_a_task_of_one_row_has_no_variance_and_is_left_out_of_kl(tiny, batch, sh
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        ({"distance": "kl", "max_rows": 10}, "max_rows: has no effect with distance: kl"),
-        ({"bandwidths": [1.0]}, "bandwidths: has no effect with distance: kl"),
-        ({"distance": "mmd", "eps": 1e-6}, "eps: has no effect with distance: mmd"),
+        ({"distance": "kl", "max_rows": 10}, "max_rows: 10 has no effect: distance is 'kl'"),
+        ({"bandwidths": [1.0]}, "bandwidths: .* has no effect: distance is 'kl'"),
+        ({"distance": "mmd", "eps": 1e-6}, "eps: 1e-06 has no effect: distance is 'mmd'"),
         ({"distance": "mmd", "max_rows": 1}, "max_rows: 1 must be at least 2"),
         ({"distance": "mmd", "bandwidths": []}, "bandwidths: .* must be numbers above 0"),
         ({"eps": 0.0}, "eps: 0.0 must be above 0"),
