@@ -8,11 +8,11 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from taskmoe.moe.config import SCOPES
+from taskmoe.moe.config import COMPOSE, NEW_ROWS, SCOPES
 from taskmoe.train import deepspeed_config
-from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, MixingConfig
+from taskmoe.train.config import SURGERY_SCOPES, SURGERY_WAYS, Config, MixingConfig, PhaseConfig
 from taskmoe.train.config_decode import Decoder, leaves
-from taskmoe.train.config_idle import ineffective
+from taskmoe.train.config_idle import absent_groups, ineffective
 from taskmoe.train.config_methods import check_balancing, check_moe, check_moe_names, check_surgery
 from taskmoe.train.mixing import MIXTURES
 from taskmoe.train.schedule import GROUPS, REINIT, SCHEDULES, TEMPERATURES, resolve_phases
@@ -34,9 +34,9 @@ CHOICES: dict[str, Collection[str]] = {
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "FEATURE_EXTRACTION"),
     "contrastive.similarity": ("cosine", "dot"),
     "pooling": ("model", "mean"),
-    "moe.compose": ("after", "before"),
+    "moe.compose": COMPOSE,
     "moe.router_scope": SCOPES,
-    "moe.new_task_rows": ("mean", "zero", "random", "nearest"),
+    "moe.new_task_rows": NEW_ROWS,
     "datasets.*.format": FORMATS,
     "data.on_bad_row": ("error", "skip"),
     "data.on_long_row": ("error", "skip", "truncate"),
@@ -57,10 +57,10 @@ CHOICES: dict[str, Collection[str]] = {
 
 # Key -> (lowest, highest, what is asked for). A bound that is excluded is written in the last column.
 _COUNT = (1, math.inf, "a whole number >= 1")
-_NOT_NEGATIVE = (0, math.inf, ">= 0")
-_POSITIVE = (math.ulp(0.0), math.inf, "> 0")
-_SHARE = (0, 1, "between 0 and 1")
-_SHARE_BELOW_1 = (0, math.nextafter(1, 0), ">= 0 and < 1")
+_NOT_NEGATIVE = (0, math.inf, "a number >= 0")
+_POSITIVE = (math.ulp(0.0), math.inf, "a number > 0")
+_SHARE = (0, 1, "a number between 0 and 1")
+_SHARE_BELOW_1 = (0, math.nextafter(1, 0), "a number >= 0 and < 1")
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
         (
@@ -135,6 +135,7 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
             raise check.fail(path, f"has no effect: {reason}; remove it, or add --{path} null")
     resolve_phases(config)
     if config.deepspeed is not None:
+    _check_groups(config, check)
         deepspeed_config.read(config.deepspeed)
     check_moe(config, check)
     check_balancing(config, check)
@@ -177,7 +178,7 @@ def _check_range(check: Decoder, path: str, value: Any) -> None:
         bounds = RANGES.get(f"{_pattern(path)}.*" if key else _pattern(path))
         for number in item if isinstance(item, tuple) else (item,):
             if bounds is not None and number is not None and not bounds[0] <= number <= bounds[1]:
-                raise check.fail(here, f"{number} is out of range; give a number {bounds[2]}")
+                raise check.fail(here, f"{number} is out of range; give {bounds[2]}")
 
 
 def _check_combinations(config: Config, check: Decoder) -> None:
@@ -228,6 +229,20 @@ def _check_mixing(here: str, mixing: MixingConfig, config: Config, check: Decode
 
 
 def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:
+def _check_groups(config: Config, check: Decoder) -> None:
+    """Groups that a phase names, other than by default, must be there; and one at least must train."""
+    absent = absent_groups(config)
+    for i, phase in enumerate(config.phases):
+        for key in ("train", "reinit"):
+            named, path = getattr(phase, key), f"phases.{i}.{key}"
+            idle = [group for group in named if group in absent]
+            if idle and named != getattr(PhaseConfig, key):
+                raise check.fail(path, f"{idle[0]!r} has no effect: {absent[idle[0]]}; leave it out")
+        if config.max_steps and absent.keys() >= set(phase.train):
+            reason = next(absent[group] for group in phase.train)
+            raise check.fail(f"phases.{i}.train", f"nothing trains in this phase: {reason}; name base, say")
+
+
     if any(phase.mixing is None for phase in config.phases):
         yield "mixing", config.mixing
     for i, phase in enumerate(config.phases):

@@ -98,6 +98,11 @@ def _initials(name: str) -> str:
     return "".join(part[0] for part in name.split("_") if part)
 
 
+def located(at: str | None, path: str) -> str:
+    """A key behind the place it was written at, where that does not say it already (``--moe.r``)."""
+    return path if at is None else at if at == f"--{path}" else f"{at}: {path}"
+
+
 class Decoder:
     """Checks types on the way.
 
@@ -113,7 +118,7 @@ class Decoder:
         while at is None and "." in place:
             place = place.rsplit(".", 1)[0]
             at = self.origins.get(place)
-        return ConfigError(f"{at}: {path}: {message}" if at else f"{path}: {message}")
+        return ConfigError(f"{located(at, path)}: {message}")
 
     def decode(self, kind: Any, value: Any, path: str) -> Any:
         """``value`` as the type asks for it.

@@ -6,7 +6,6 @@ Setting one of them is an error: a run that ignores without a word what it was t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from taskmoe.train.config import Config, MixingConfig
 
@@ -42,22 +41,34 @@ def _model(config: Config) -> Iterator[Rule]:
 
 
 def _experts(config: Config) -> Iterator[Rule]:
-    from taskmoe.moe.choices import choices_in_use, ignored  # imports torch
+    from taskmoe.moe.choices import ignored  # imports torch
 
     for key, reason in ignored(config.moe).items():
-        yield f"moe.{key}", True, reason
-    chosen = choices_in_use(config.moe)
-    no_vectors = f"moe.router is {config.moe.router!r}, which takes no vectors of tasks"
-    yield "task_embedding_learning_rate", "representation" not in chosen, no_vectors
-    nothing = f"moe.router is {config.moe.router!r}, which has no parameters"
-    yield "router_learning_rate", not _trains(chosen.get("router")), nothing
-    frozen = f"moe.representation is {config.moe.representation!r}, which does not train"
-    yield "task_embedding_learning_rate", not _trains(chosen.get("representation")), frozen
+        # Heads have rows of tasks, whatever the experts and routers have.
+        yield f"moe.{key}", not (key == "new_task_rows" and config.task_type == "SEQ_CLS"), reason
+    yield from _rates("", config, config.task_embedding_learning_rate)
 
 
-def _trains(method: Any) -> bool:
-    """Whether a router or representation is in use and has parameters."""
-    return method is not None and getattr(method, "trains", True)
+def absent_groups(config: Config) -> dict[str, str]:
+    """{group of parameters of which none trains, whatever a phase says: why}."""
+    from taskmoe.moe.choices import absent_groups as absent_of
+
+    found = absent_of(config.moe)
+    if config.task_type != "SEQ_CLS":
+        found["heads"] = f"task_type is {config.task_type!r}, which has no heads"
+    if not config.moe.modules_to_save:
+        found["saved"] = "moe.modules_to_save is not set"
+    return found
+
+
+def _rates(prefix: str, config: Config, of_vectors: float | None) -> Iterator[Rule]:
+    """Learning rates of groups that the choices do not have; of_vectors: that of the task embedding."""
+    absent = absent_groups(config)
+    vectors = absent.get("task_embedding", "")
+    yield f"{prefix}task_embedding_learning_rate", bool(vectors), vectors
+    # It holds for vectors of tasks too, where they have no rate of their own.
+    alone = bool(vectors) or of_vectors is not None
+    yield f"{prefix}router_learning_rate", "router" in absent and alone, absent.get("router", "")
 
 
 def _data(config: Config) -> Iterator[Rule]:
@@ -93,7 +104,7 @@ def _optimisation(config: Config) -> Iterator[Rule]:
         "no phase trains the task embedding",
     )
     yield from _balancing(config)
-    yield from _surgery(config, trained)
+    yield from _surgery(config)
     own = bool(config.phases) and all(phase.mixing is not None for phase in config.phases)
     yield "mixing", own, "every phase has a mixing of its own"
 
@@ -104,17 +115,25 @@ def _balancing(config: Config) -> Iterator[Rule]:
     yield "balancing.validation_rows", method != "coba", f"balancing.method is {method!r}, not 'coba'"
 
 
-def _surgery(config: Config, trained: set[str]) -> Iterator[Rule]:
-    from taskmoe.moe.choices import choices_in_use
-
+def _surgery(config: Config) -> Iterator[Rule]:
     surgery = config.surgery
     for key in ("options", "scope", "way", "refresh_every", "max_tasks", "matrix_steps"):
         yield f"surgery.{key}", surgery.method is None, "surgery.method is not set"
-    router = choices_in_use(config.moe).get("router")
-    routers = "router" in trained and _trains(router) and getattr(router, "shares", True)
-    shared = {"experts": "experts" in trained, "routers": routers}
-    nothing = f"no phase trains {surgery.scope} that tasks share"
-    yield "surgery.scope", not shared.get(surgery.scope, True), nothing
+    nothing = unshared_scopes(config).get(surgery.scope)
+    yield "surgery.scope", nothing is not None, nothing or ""
+
+
+def unshared_scopes(config: Config) -> dict[str, str]:
+    """{scope of surgery in which no phase trains what tasks share: the reason}."""
+    from taskmoe.moe.choices import shared_groups
+
+    trained = {group for phase in config.phases for group in phase.train} - absent_groups(config).keys()
+    shared = trained & {"base", "saved", *shared_groups(config.moe)}
+    of_scope = {"experts": shared & {"experts"}, "routers": shared & {"router"}}
+    found = {s: f"no phase trains {s} that tasks share" for s, those in of_scope.items() if not those}
+    if not shared:
+        found.update(dict.fromkeys(("all", "layer"), "no phase trains anything that tasks share"))
+    return found
 
 
 def _following(config: Config) -> Iterator[Rule]:
@@ -132,14 +151,10 @@ def _phase(config: Config, i: int) -> Iterator[Rule]:
     yield f"{here}.base_learning_rate", "base" not in phase.train, "the phase does not train the base"
     router = bool({"router", "task_embedding"} & set(phase.train))
     yield f"{here}.router_learning_rate", not router, "the phase does not train the router"
-    nothing = f"moe.router is {moe.router!r}, which has no parameters"
-    yield f"{here}.router_learning_rate", not _trains(chosen.get("router")), nothing
     embedding = f"{here}.task_embedding_learning_rate"
     yield embedding, "task_embedding" not in phase.train, "the phase does not train the task embedding"
-    no_vectors = f"moe.router is {moe.router!r}, which takes no vectors of tasks"
-    yield embedding, "representation" not in chosen, no_vectors
-    frozen = f"moe.representation is {moe.representation!r}, which does not train"
-    yield embedding, not _trains(chosen.get("representation")), frozen
+    own = phase.task_embedding_learning_rate
+    yield from _rates(f"{here}.", config, config.task_embedding_learning_rate if own is None else own)
     yield f"{here}.gate", not phase.adapters, f"{here}.adapters is false"
     yield f"{here}.gate", "gate" not in chosen, f"moe.bank {moe.bank!r} takes no gates"
     gated = phase.gate in GATES and "gate" in chosen

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from typing import Any
 
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_decode import Decoder
+from taskmoe.train.config_idle import unshared_scopes
 
 
 def check_moe_names(config: Config, check: Decoder) -> None:
-    """``moe``: the names on its seams, which all other checks build on."""
-    from taskmoe.moe.choices import SEAMS
+    """``moe``: the names on its seams and their options, which all other checks build on."""
+    from taskmoe.moe.choices import SEAMS, check_choices
 
     for seam, allowed in SEAMS.items():
         value = getattr(config.moe, seam)
@@ -18,18 +21,18 @@ def check_moe_names(config: Config, check: Decoder) -> None:
             near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.0)[0]
             message = f"{value!r} is not one of {', '.join(allowed)}; the nearest is {near!r}"
             raise check.fail(f"moe.{seam}", message)
+    _located(check, check_choices, config.moe)
 
 
 def check_moe(config: Config, check: Decoder) -> None:
-    """``moe``: options of the choices on its seams, and what they exclude; the same for gates of phases."""
+    """``moe``: what the choices on its seams exclude, also with the gates of phases and packed rows."""
     from taskmoe.moe.attach import check as check_settings
+    from taskmoe.moe.choices import refuses_packs
     from taskmoe.moe.gates import with_gate
 
-    try:
-        check_settings(config.moe)
-    except ConfigError as error:
-        key, _, message = str(error).partition(": ")
-        raise check.fail(key, message) from error
+    _located(check, check_settings, config.moe)
+    if config.data.packing and (refused := refuses_packs(config.moe)) is not None:
+        raise check.fail("data.packing", f"{refused}; set data.packing: false")
     for i, phase in enumerate(config.phases):
         try:
             if phase.gate is not None:
@@ -37,6 +40,15 @@ def check_moe(config: Config, check: Decoder) -> None:
         except ConfigError as error:
             key, _, message = str(error).partition(": ")
             raise check.fail(f"phases.{i}.gate", message if key == "moe.gate" else str(error)) from error
+
+
+def _located(check: Decoder, call: Callable[..., Any], *args: Any) -> None:
+    """``call``, with errors that name the place where their key was written."""
+    try:
+        call(*args)
+    except ConfigError as error:
+        key, _, message = str(error).partition(": ")
+        raise check.fail(key, message) from error
 
 
 def check_balancing(config: Config, check: Decoder) -> None:
@@ -50,11 +62,7 @@ def check_balancing(config: Config, check: Decoder) -> None:
     given = options.get("weights")
     # How many tasks there are is known when the data are; here the weights are only looked at one by one.
     n_tasks = len(given) if isinstance(given, list | tuple) else 1
-    try:
-        Balancer(balancing.method, n_tasks, options)
-    except ConfigError as error:
-        key, _, message = str(error).partition(": ")
-        raise check.fail(key, message) from error
+    _located(check, Balancer, balancing.method, n_tasks, options)
 
 
 def check_surgery(config: Config, check: Decoder) -> None:
@@ -62,22 +70,24 @@ def check_surgery(config: Config, check: Decoder) -> None:
     surgery = config.surgery
     if surgery.method is None:
         return
-    from taskmoe.moe.regularisers.kinds import check_alone
+    from taskmoe.moe.regularisers.kinds import check_alone, read_regularisers
     from taskmoe.train.surgery.choose import choose
     from taskmoe.train.surgery.direct import DIRECT
 
     others = {g for phase in config.phases for g in phase.train} & {"base", "saved"}
     if config.moe.modules_to_save is None:
         others.discard("saved")
-    if surgery.way == "fused" and others and surgery.scope in ("all", "layer"):
+    apart = bool(others) and surgery.scope in ("all", "layer")
+    if surgery.way == "fused" and apart:
         message = f"'fused' splits experts and routers, and {sorted(others)[0]} trains too; set way to auto"
         raise check.fail("surgery.way", f"{message}, or surgery.scope to experts")
-    try:
-        choose(surgery.method, surgery.options)
-        check_alone(config.moe)
-    except ConfigError as error:
-        key, _, message = str(error).partition(": ")
-        raise check.fail(key, message) from error
+    _located(check, choose, surgery.method, surgery.options)
+    way = ("separate" if apart else "fused") if surgery.way == "auto" else surgery.way
+    terms = {name: term for name, (_, term) in read_regularisers(config.moe).items()}
+    _located(check, check_alone, terms, way)
+    nothing = unshared_scopes(config).get(surgery.scope)
+    if nothing is not None:
+        raise check.fail("surgery.scope", nothing)
     if surgery.method in DIRECT and surgery.refresh_every > 1:
         message = f"{surgery.refresh_every}, but {surgery.method!r} has no weights to use again; set it to 1"
         raise check.fail("surgery.refresh_every", message)

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from taskmoe.train.config import Config, ConfigError
-from taskmoe.train.config_decode import hints, item_type, key_name, known_paths, members, nearest, section
+from taskmoe.train.config_decode import (
+    hints,
+    item_type,
+    key_name,
+    known_paths,
+    located,
+    members,
+    nearest,
+    section,
+)
 from taskmoe.train.config_yaml import Origins, join, parse
 
 
@@ -46,14 +55,21 @@ def apply(tree: dict[str, Any], origins: Origins, tokens: Sequence[str]) -> None
     """Put overrides into ``tree``; a null for a key that cannot be null takes the key out of it.
 
     Raises:
-        ConfigError: as :func:`split`, a token that belongs to no key, a value that is not YAML, or a list
-            index beyond the list.
+        ConfigError: as :func:`split`, a token that belongs to no key, a value that is not YAML, a key given
+            by two names, or a list index beyond the list.
     """
     pairs, rest = split(tokens)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; settings are written --key value")
+    named: dict[str, tuple[str, str]] = {}  # path: the key and the value that it was given by
     for key, text in pairs:
         parts, kind = resolve(key)
+        before = named.setdefault(".".join(map(str, parts)), (key, text))
+        if before[0].rpartition(".")[2] != key.rpartition(".")[2]:
+            path = ".".join(map(str, parts))
+            raise ConfigError(
+                f"--{key}: {path} is given twice, as --{before[0]} {before[1]} and --{key} {text}; keep one"
+            )
         _put(tree, origins, parts, _value(key, text, kind), f"--{key}")
 
 
@@ -132,7 +148,7 @@ def _put(tree: dict[str, Any], origins: Origins, parts: list[str | int], value: 
         wanted, kind = (list, "a list") if isinstance(part, int) else (dict, "a section")
         fits = isinstance(here, wanted)
         if not fits:
-            raise ConfigError(f"{origins.get(path, origin)}: {path}: expected {kind}, found {here!r}")
+            raise ConfigError(f"{located(origins.get(path, origin), path)}: expected {kind}, found {here!r}")
         path = join(path, str(part))
         # A run that names no phases has one, so that --phases.1 is a second.
         fresh: Any = [{}] if path == "phases" else [] if isinstance(following, int) else {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from taskmoe.moe import ConfigError, TaskMoEModel
-from taskmoe.moe.choices import SEAMS
+from taskmoe.moe.choices import choices_in_use
 from taskmoe.moe.options import options_of
 from taskmoe.train.config import Config
 from taskmoe.train.data.bundle import DataBundle, TaskSplit
@@ -29,24 +29,23 @@ STARTS, ROUNDS = 4, 50  # of k-means
 
 def router_options(config: Config) -> Any:
     """The options of a router that reads instances, with ``encoder`` and ``dim``; None: it reads none."""
-    router = SEAMS["router"][config.moe.router]
-    return options_of("router", config.moe, router) if getattr(router, "reads_instances", False) else None
+    router = choices_in_use(config.moe).get("router")
+    reads = getattr(router, "reads_instances", None)
+    if reads is None:
+        return None
+    options = options_of("router", config.moe, router)
+    return options if reads(options) else None
 
 
 def with_instances(bundle: DataBundle, config: Config) -> DataBundle:
     """``bundle`` with the embedding of each row's prompt in its token row, where the router reads instances.
 
     Raises:
-        ConfigError: the encoder cannot be read, or gives embeddings of another size; packed rows.
+        ConfigError: the encoder cannot be read, or gives embeddings of another size.
     """
     options = router_options(config)
     if options is None:
         return bundle
-    if config.data.packing:
-        raise ConfigError(
-            f"data.packing: true, but moe.router {config.moe.router!r} takes one instance a sequence; "
-            "set it to false"
-        )
     encoder = InstanceEncoder(options.encoder, options.dim)
     splits = {name: [_embedded(s, encoder) for s in of_tasks] for name, of_tasks in bundle.splits.items()}
     return replace(bundle, splits=splits)

@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made without training."""
+"""Settings written as YAML, and run folders as training leaves them, made without training."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from taskmoe.moe.snapshot import Snapshot
 from taskmoe.moe.tasks import TaskTable
 from taskmoe.train import checkpoint
+from taskmoe.train.config import Config, ConfigError
+from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks
 from taskmoe.train.track.log import JsonlLog
 
@@ -23,6 +25,12 @@ model: {type: llama, hidden_size: 8}
 moe: {r: 2, num_experts: 3, router: task_table, gate: softmax}
 data: {skill_gym: {num_tasks: 4}}
 max_steps: 20
+"""
+SMALL = """\
+model: {type: llama, hidden_size: 32}
+data:
+  skill_gym: {}
+max_steps: 10
 """
 
 
@@ -83,3 +91,41 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """``write(text, name)``: a YAML file with this text."""
+
+    def write_yaml(text: str, name: str = "c.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_yaml
+
+
+@pytest.fixture
+def write_run(write: Callable[..., Path]) -> Callable[..., Path]:
+    """The same of a run that lacks nothing: its own four lines, then the text."""
+    return lambda text="", name="c.yaml": write(SMALL + text, name)
+
+
+@pytest.fixture
+def settings(write_run: Callable[..., Path]) -> Callable[..., Config]:
+    """``settings(text, *overrides)``: what :func:`write_run` wrote, with overrides of a command line."""
+    return lambda text="", *overrides: load(write_run(text), overrides)
+
+
+@pytest.fixture
+def fails() -> Callable[..., str]:
+    """``fails(call, *args)``: the one line of the ConfigError that the call raises."""
+
+    def message_of(call: Callable[..., Any], *args: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            call(*args)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    return message_of

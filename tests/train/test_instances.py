@@ -21,6 +21,7 @@ from taskmoe.train.config import (
     SkillGymConfig,
     TokenizerConfig,
 )
+from taskmoe.train.config_checks import validate
 from taskmoe.train.distributed import Ranks
 from taskmoe.train.instances import COLUMN, InstanceEncoder, hashed_words, kmeans, router_options
 from taskmoe.train.loop import train
@@ -180,8 +181,8 @@ def test_other_routers_cost_nothing():
 
 def test_packed_rows_are_refused():
     packed = replace(BASE, data=replace(BASE.data, packing=True))
-    with pytest.raises(ConfigError, match=r"data\.packing: true, but moe\.router 'token_cluster'"):
-        read(packed, "train")
+    with pytest.raises(ConfigError, match=r"data\.packing: moe\.router 'token_cluster' takes no rows of sev"):
+        validate(packed)
 
 
 def test_a_run_saves_the_centroids_of_its_training_rows_and_is_scored_with_them(tmp_path: Path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from taskmoe.moe.banks.kinds import BANKS
+from taskmoe.moe.choices import refuses_packs
 from taskmoe.moe.config import ConfigError
 from taskmoe.train.config import Config
 
@@ -45,11 +45,6 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return packs
 
 
-def is_flat(model: Any) -> bool:
-    """True when the model's attention wants all packs of a batch as one long sequence."""
-    return getattr(model.config, "_attn_implementation", None) in FLAT_ATTENTION
-
-
 def supports_packing(model: Any, config: Config) -> str | None:
     """Why this model cannot pack, or None when it can.
 
@@ -67,8 +62,9 @@ def supports_packing(model: Any, config: Config) -> str | None:
         return f"{name} is an encoder-decoder; only decoders can pack"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return f"{name} takes no position_ids"
-    if not getattr(BANKS[config.moe.bank], "packs", True):
-        return f"moe.bank {config.moe.bank!r} takes no rows of several tasks"
+    refused = refuses_packs(config.moe)
+    if refused is not None:
+        return refused
     attention = getattr(model.config, "_attn_implementation", None)
     if attention not in _ROWS + FLAT_ATTENTION:
         return f"attn_implementation {attention!r} is not known to keep packed rows apart"

