@@ -134,8 +134,8 @@ def validate(config: Config, explicit: Mapping[str, str] | None = None) -> None:
         if is_set and reason and value is not None and value is not False:
             raise check.fail(path, f"has no effect: {reason}; remove it, or add --{path} null")
     resolve_phases(config)
-    if config.deepspeed is not None:
     _check_groups(config, check)
+    if config.deepspeed is not None:
         deepspeed_config.read(config.deepspeed)
     check_moe(config, check)
     check_balancing(config, check)
@@ -228,7 +228,6 @@ def _check_mixing(here: str, mixing: MixingConfig, config: Config, check: Decode
             raise check.fail(f"datasets.{i}.weight", f"needs datasets.{i}.name: a weight belongs to a task")
 
 
-def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:
 def _check_groups(config: Config, check: Decoder) -> None:
     """Groups that a phase names, other than by default, must be there; and one at least must train."""
     absent = absent_groups(config)
@@ -243,6 +242,7 @@ def _check_groups(config: Config, check: Decoder) -> None:
             raise check.fail(f"phases.{i}.train", f"nothing trains in this phase: {reason}; name base, say")
 
 
+def _mixings(config: Config) -> Iterator[tuple[str, MixingConfig]]:
     if any(phase.mixing is None for phase in config.phases):
         yield "mixing", config.mixing
     for i, phase in enumerate(config.phases):
