@@ -108,7 +108,7 @@ def _inside(adapters: str) -> list[str]:
         what = "holds no adapters" if path.is_dir() else "is missing"
         raise ConfigError(
             f"{KEY}: {adapters} {what}; an adapter is a folder with {CONFIG}, made by peft's save_pretrained "
-            "or, of a task of a run, by taskmoe.moe.save_lora"
+            "or, of each task of a run, by `taskmoe export RUN --task all --out FOLDER`"
         )
     return found
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskmoe.moe import TaskMoEModel, TaskTable, load_adapter, save_lora
+from taskmoe.moe import TaskMoEModel
 from taskmoe.train import checkpoint
 from taskmoe.train.batches import build_batches
 from taskmoe.train.config import Config, PhaseConfig
 from taskmoe.train.config_io import dump, load
 from taskmoe.train.distributed import Ranks
+from taskmoe.train.export import ALL, export_run
 from taskmoe.train.loop import train
 from taskmoe.train.objectives import count, model_inputs, step_loss
 from taskmoe.train.schedule import resolve_phases
-from taskmoe.train.setup import Data, build_data, build_moe, saved_tokenizer
-from taskmoe.train.weights import load_base
+from taskmoe.train.setup import Data, build_data, build_moe
 
 ROOT = Path(__file__).parents[2]
 METHODS = {p.stem: p for p in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -100,7 +100,7 @@ def on_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
         def left(match: re.Match[str]) -> str:
             run, part = run_of(match[1]), match[2] or ""
             if part == "/loras" and not (run / "loras").exists():
-                export(run)
+                export_run(run, ALL, run / "loras", check=False)
             return str(checkpoint.find(run) if part.startswith("/checkpoint") else f"{run}{part}")
 
         text = dump(config)
@@ -128,17 +128,6 @@ def on_short_runs(on_runs: Any, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return folder
 
     return lambda config: on_runs(config, run_of)
-
-
-def export(run: Path) -> None:
-    """The folder ``loras`` of a run: one a task."""
-    config, path = load(run / "config.yaml"), checkpoint.find(run)
-    tasks = TaskTable.load(path / "task_map.json")
-    model = build_moe(config, saved_tokenizer(run / "tokenizer"), tasks, ALONE)
-    load_base(model, path)
-    load_adapter(model, path)
-    for task in tasks:
-        save_lora(model, task.name, run / "loras" / task.slug)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Files that begin with what an earlier run has left: they find it, and need it no more once they are saved."""
+"""Files that begin with what an earlier run has left, and runs of no steps."""
 
 from __future__ import annotations
 

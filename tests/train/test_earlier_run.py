@@ -61,7 +61,7 @@ def test_the_base_is_the_one_that_the_run_left(run):
         found = build_model(on(run, name), tokenizer, tasks).state_dict()
         assert found.keys() == fresh.keys() and any(not torch.equal(found[n], t) for n, t in fresh.items())
         around = build_moe(on(run, name), tokenizer, tasks, Ranks(0, 1, 0, torch.device("cpu"), False))
-        own = {n: p for n, p in around.parameter_groups()["base"]}
+        own = dict(around.parameter_groups()["base"])
         assert own.keys() <= saved.keys() and all(torch.equal(p, saved[n]) for n, p in own.items())
 
 
@@ -92,7 +92,7 @@ def test_what_is_no_run_and_a_run_without_a_whole_checkpoint(run, tmp_path):
     home = tmp_path / "empty"
     (home / "tokenizer").mkdir(parents=True)
     (home / "config.yaml").write_text((Path(run.output_dir) / "config.yaml").read_text())
-    with pytest.raises(ConfigError, match="model_name_or_path: .*empty"):
+    with pytest.raises(ConfigError, match=r"model_name_or_path: .*empty"):
         earlier_run(str(home))
     (home / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert earlier_run(str(home)) is None, "a model's folder stays one"
