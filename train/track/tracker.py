@@ -94,9 +94,11 @@ class Tracker:
         if not self.speaks:
             return
         self._step = max(self._step, step)
+        numbers = {} if media.snapshot is None else group_keys(media.snapshot, media.first)
         if media.snapshot is not None:
-            self._log.write(step, "routing", group_keys(media.snapshot, media.first))
+            self._log.write(step, "routing", numbers)
         if self._wandb is not None:
+            self._wandb.log(step, numbers)  # drawn with track.detail: detailed
             self._wandb.log_media(step, media)
 
     def log_checkpoint(self, step: int, folder: Path) -> None:

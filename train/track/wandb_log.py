@@ -19,6 +19,7 @@ from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.train.config import Config
 from taskmoe.train.track.keys import AXIS, FAMILIES, KEYS, Curves
 from taskmoe.train.track.media import Media
+from taskmoe.train.track.verdicts import verdicts
 from taskmoe.train.track.wandb_media import items
 
 # Of a checkpoint, what is the adapter: neither the optimiser's state nor the base model.
@@ -43,6 +44,7 @@ class WandbLog:
         self._say, self._track = say, config.track
         self._curves = Curves(config.track.detail, config.track.max_keys, say)
         self._told: set[str] = set()  # what was left out of tables and images
+        self._shown: Media | None = None  # the last of them
         self._run: Any = None
         if not disabled(os.environ):
             self._guarded("start", lambda: self._start(config, Path(run_dir)))
@@ -87,7 +89,7 @@ class WandbLog:
         self._guarded("log tables and images", lambda: self._log_media(step, media))
 
     def _log_media(self, step: int, media: Media) -> None:
-        wandb = _import_wandb()
+        wandb, self._shown = _import_wandb(), media
         found, remarks = items(media, self._track.detail)
         if found:
             with self._staging():
@@ -110,10 +112,11 @@ class WandbLog:
                     artifact.add_file(str(folder / name))
             self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Set fields of the run's summary: numbers and texts."""
-        plain = {k: v for k, v in values.items() if isinstance(v, int | float | str)}
-        self._guarded("sum up", lambda: self._run.summary.update(plain))
+    def _judge(self) -> None:
+        media = self._shown
+        assert media is not None and media.snapshot is not None
+        lines = verdicts(media.snapshot, media.tasks, media.first, media.conflict)
+        self._run.summary["routing/verdicts"] = "\n".join(lines)
 
     @contextmanager
     def _staging(self) -> Iterator[None]:
@@ -129,6 +132,9 @@ class WandbLog:
             del os.environ[name]
 
     def close(self, failed: bool = False) -> None:
+        """End the run; its summary gets the verdicts on the routing as it was last shown."""
+        if self._shown is not None and self._shown.snapshot is not None:
+            self._guarded("sum up", self._judge)
         run = self._run
         self._guarded("finish", lambda: run.finish(exit_code=int(failed)))
         if run is not None and self._run is None:
