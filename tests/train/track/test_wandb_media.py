@@ -99,7 +99,7 @@ def test_conflicts_lie_in_the_order_of_the_routing() -> None:
     shown.gates["layers.0"][2] = shown.gates["layers.0"][0]
     conflict = ([["t-0"], ["t-1"], ["t-2"]], np.eye(3).tolist())
     found, _ = items(Media(tasks(3), shown, conflict=conflict), "brief")
-    orders = [found[key].caption.partition("columns: ")[2] for key in ("grad/conflict", "routing/similarity")]  # type: ignore[attr-defined]
+    orders = [found[key].caption.partition("columns: ")[2] for key in ("grad/conflict", "routing/similarity")]
     assert orders[0] == orders[1] and orders[0].split(", ")[1] != "T 1"
 
 
@@ -159,7 +159,7 @@ def test_a_picture_of_many_tasks_has_a_pixel_for_each() -> None:
 
 def test_long_orders_are_cut_in_captions() -> None:
     found, _ = items(Media(tasks(70), snapshot(70)), "brief")
-    assert found["routing/similarity"].caption.endswith(", and 6 more")  # type: ignore[attr-defined]
+    assert found["routing/similarity"].caption.endswith(", and 6 more")
 
 
 def test_spread() -> None:
