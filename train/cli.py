@@ -12,6 +12,14 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from taskmoe.train.command_line import (
+    UsageError,
+    check_writable,
+    folders,
+    positional,
+    take_option,
+    take_switch,
+)
 from taskmoe.train.commands import export
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
@@ -21,19 +29,13 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
 
-class UsageError(ValueError):
-    """A command line that cannot be understood."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     An error whose class is defined in taskmoe is a message to the user; any other is a bug and keeps its
     traceback.
     """
-    local_rank, tokens = _take_option(
-        list(sys.argv[1:] if argv is None else argv), "local_rank", "local-rank"
-    )
+    local_rank, tokens = take_option(list(sys.argv[1:] if argv is None else argv), "local_rank", "local-rank")
     is_main = os.environ.get("RANK", local_rank or "0") == "0"
     try:
         return _run(tokens)
@@ -71,8 +73,8 @@ def _run(tokens: list[str]) -> int:
 
 def train(tokens: list[str]) -> int:
     """``train CFG.yaml [--key value ...] [--num_ranks N]``"""
-    num_ranks, tokens = _take_option(tokens, "num_ranks")
-    path, overrides = _positional(tokens, "train", "CFG.yaml")
+    num_ranks, tokens = take_option(tokens, "num_ranks")
+    path, overrides = positional(tokens, "train", "CFG.yaml")
     from taskmoe.train.config_io import load
 
     config = load(path, overrides)
@@ -94,11 +96,10 @@ def train(tokens: list[str]) -> int:
 
 def evaluate(tokens: list[str]) -> int:
     """``eval RUN [--split SPLIT] [--data DIR] [--key value ...] [--json]``"""
-    split, tokens = _take_option(tokens, "split")
-    root, tokens = _take_option(tokens, "data")
-    as_json = "--json" in tokens
-    tokens = [token for token in tokens if token != "--json"]
-    run, overrides = _positional(tokens, "eval", "RUN")
+    split, tokens = take_option(tokens, "split")
+    root, tokens = take_option(tokens, "data")
+    as_json, tokens = take_switch(tokens, "json")
+    run, overrides = positional(tokens, "eval", "RUN")
     if not Path(run).is_dir():
         raise UsageError(f"{run}: no such run folder{nearest_folder(Path(run))}")
     if split is not None and split not in ("train", "validation", "test"):
@@ -109,6 +110,31 @@ def evaluate(tokens: list[str]) -> int:
     from taskmoe.train.run_eval import evaluate_run
 
     return evaluate_run(run, overrides, split, as_json)
+
+
+def inspect(tokens: list[str]) -> int:
+    """``inspect RUN|CHECKPOINT [--layer PATTERN] [--json] [--html OUT]``"""
+    layer, tokens = take_option(tokens, "layer")
+    html, tokens = take_option(tokens, "html")
+    as_json, tokens = take_switch(tokens, "json")
+    (path,) = folders(tokens, "inspect", "RUN", most=1)
+    check_writable("html", html)
+    from taskmoe.train.inspection_view import inspect as show
+
+    return show(path, layer, as_json, html)
+
+
+def compare(tokens: list[str]) -> int:
+    """``compare RUN1 RUN2 ... [--json] [--html OUT] [--markdown OUT]``"""
+    html, tokens = take_option(tokens, "html")
+    markdown, tokens = take_option(tokens, "markdown")
+    as_json, tokens = take_switch(tokens, "json")
+    runs = folders(tokens, "compare", "RUN1 RUN2", fewest=2)
+    for name, path in (("html", html), ("markdown", markdown)):
+        check_writable(name, path)
+    from taskmoe.train.comparison_view import compare as show
+
+    return show(runs, as_json, html, markdown)
 
 
 def config(tokens: list[str]) -> int:
@@ -122,7 +148,7 @@ def config(tokens: list[str]) -> int:
 
         print(json.dumps(schema(), indent=2, ensure_ascii=False))
         return 0
-    path, overrides = _positional(tokens, "config", "CFG.yaml")
+    path, overrides = positional(tokens, "config", "CFG.yaml")
     from taskmoe.train.config_io import dump, load
 
     print(dump(load(path, overrides)), end="")
@@ -131,8 +157,8 @@ def config(tokens: list[str]) -> int:
 
 def tune(tokens: list[str]) -> int:
     """``tune [--out FILE] [--budget SECONDS]``"""
-    out, tokens = _take_option(tokens, "out")
-    budget, tokens = _take_option(tokens, "budget")
+    out, tokens = take_option(tokens, "out")
+    budget, tokens = take_option(tokens, "budget")
     if tokens:
         raise UsageError(f"tune: unexpected argument {tokens[0]!r}; see taskmoe tune --help")
     if budget is not None and not budget.isdigit():
@@ -154,37 +180,6 @@ def tune(tokens: list[str]) -> int:
     return 0
 
 
-def _positional(tokens: list[str], command: str, what: str) -> tuple[str, list[str]]:
-    """The one token that is no setting, and the settings as ``--key=value``."""
-    if not tokens:
-        raise UsageError(f"{command}: {what} is missing; see taskmoe {command} --help")
-    from taskmoe.train.config_overrides import split
-
-    pairs, rest = split(tokens)
-    if len(rest) != 1:
-        found = f"unexpected argument {rest[1]!r}" if rest else f"{what} is missing"
-        raise UsageError(f"{command}: {found}; see taskmoe {command} --help")
-    return rest[0], [f"--{key}={value}" for key, value in pairs]
-
-
-def _take_option(tokens: list[str], *names: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is no setting, wherever it stands, and the tokens without it."""
-    value, rest, i = None, [], 0
-    while i < len(tokens):
-        option, equals, after = tokens[i].partition("=")
-        i += 1
-        if option not in [f"--{name}" for name in names]:
-            rest.append(tokens[i - 1])
-        elif equals:
-            value = after
-        elif i < len(tokens) and not tokens[i].startswith("--"):
-            value = tokens[i]
-            i += 1
-        else:
-            raise UsageError(f"{option}: a value is missing")
-    return value, rest
-
-
 def _say(line: str, is_main: bool) -> None:
     """Rank 0 alone speaks: the others met the same error."""
     if is_main:
@@ -194,6 +189,8 @@ def _say(line: str, is_main: bool) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "inspect": inspect,
+    "compare": compare,
     "export": export.run,
     "config": config,
     "tune": tune,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import sys
@@ -23,6 +21,7 @@ from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks, init, shutdown
 from taskmoe.train.evaluate import evaluate
+from taskmoe.train.output import print_json
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.weights import load_base
 
@@ -43,7 +42,7 @@ def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json:
     if not ranks.is_main:
         return 0
     if as_json:
-        print(json.dumps(_finite(found), ensure_ascii=False, allow_nan=False))
+        print_json(found)
     else:
         _print_table(found)
     return 0
@@ -138,15 +137,6 @@ def _score(
         ranks,
         return_predictions=return_predictions,
     )
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_table(found: dict[str, Any]) -> None:

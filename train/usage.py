@@ -23,6 +23,8 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
 
   train CFG.yaml    train a model
   eval RUN          score a trained run
+  inspect RUN       show what the router learned: of a run, a checkpoint or a saved adapter
+  compare RUN RUN   set the scores of runs side by side, seeds paired
   export RUN        write what a task uses as an adapter that peft and vLLM load
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
   tune              measure how this GPU runs the kernels fastest, and remember it
@@ -57,6 +59,37 @@ Score a run folder, or one checkpoint in it, task by task.
 {_SETTINGS}
 example:
   taskmoe eval runs/tweeteval --data.root other/tweeteval --split test --json
+""",
+    "inspect": """\
+usage: taskmoe inspect RUN|CHECKPOINT [--layer PATTERN] [--json] [--html OUT]
+
+Show which tasks share experts, which experts are dead, which tasks disagree, what changed since the start.
+Takes a run folder (its newest checkpoint), a checkpoint, or a folder of save_pretrained; needs neither the
+data, the base model nor a GPU.
+
+  --layer PATTERN   only routing groups whose name contains PATTERN; with * and ?: whose whole name matches
+  --json            print one JSON object and nothing else (docs/TRACKING.md says what is in it)
+  --html OUT        also write the report, one file that opens from disk
+
+examples:
+  taskmoe inspect runs/quickstart
+  taskmoe inspect runs/quickstart/checkpoint-100 --layer '*.1.*q_proj' --json
+  taskmoe inspect runs/quickstart --html report.html
+""",
+    "compare": """\
+usage: taskmoe compare RUN1 RUN2 ... [--json] [--html OUT] [--markdown OUT]
+
+Compare the last evaluations of finished runs, task by task. Runs whose settings differ in nothing but the
+seed are one arm. Arms are compared with that of RUN1: differences, the average relative gain, and 95 %
+confidence intervals over the seeds that both have.
+
+  --json           print one JSON object and nothing else (docs/TRACKING.md says what is in it)
+  --html OUT       also write tables and a plot, one file that opens from disk
+  --markdown OUT   also write the tables as markdown
+
+examples:
+  taskmoe compare runs/average runs/poly
+  taskmoe compare runs/lora-s0 runs/lora-s1 runs/poly-s0 runs/poly-s1 --markdown poly.md
 """,
     "export": export.USAGE,
     "config": f"""\

@@ -160,10 +160,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "no command; give one of train, eval, config"),
+        ([], f"no command; give one of {', '.join(cli.COMMANDS)}, or"),
         (
             ["trian", "cfg.yaml"],
-            "unknown command 'trian'; the nearest of train, eval, config, tune is 'train'",
+            f"unknown command 'trian'; the nearest of {', '.join(cli.COMMANDS)} is 'train'",
         ),
         (["train"], "train: CFG.yaml is missing"),
         (["train", "--bf16"], "train: CFG.yaml is missing"),

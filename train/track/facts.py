@@ -6,6 +6,7 @@ Neither the data nor the base model is read, and no GPU is needed. Legend: R row
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,10 +127,19 @@ def read_run_log(home: Path) -> list[dict[str, Any]]:
     return [{key: float(v) if v in UNFINITE else v for key, v in line.items()} for line in lines]
 
 
-def _locate(source: Path) -> tuple[str, Path]:
-    """What a folder is, and where its routing lies."""
+def check_folder(source: Path) -> None:
+    """Whether there is a folder.
+
+    Raises:
+        FactsError: it is no folder; names the nearest one.
+    """
     if not source.is_dir():
         raise FactsError(f"{source}: no such folder{nearest_folder(source)}")
+
+
+def _locate(source: Path) -> tuple[str, Path]:
+    """What a folder is, and where its routing lies."""
+    check_folder(source)
     if HALF_WRITTEN.fullmatch(source.name):
         raise FactsError(f"{source}: a checkpoint that was not written to its end{_others(source.parent)}")
     if (source / CONFIG).is_file():
@@ -174,5 +184,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _last_conflict(log: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[list[float]]] | None:
     for line in reversed(log):
         if "grad/cosine_matrix" in line:
-            return line["grad/rows"], [[float(value) for value in row] for row in line["grad/cosine_matrix"]]
+            cosines = [
+                [math.nan if c is None else float(c) for c in row] for row in line["grad/cosine_matrix"]
+            ]
+            return line["grad/rows"], cosines
     return None
