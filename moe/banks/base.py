@@ -23,7 +23,8 @@ class Bank(nn.Module):
 
     kind: their group for the optimiser. splits: whether they go through ``gate.split``, so that one backward
     pass gives each task's gradient. task_dims: the axis of the tasks of each parameter that has one. Its
-    persistent buffers are saved with the adapter. moving: those that training moves, as no optimiser does: a
+    persistent buffers are saved with the adapter. by_expert: the parameters that lie by expert first, which
+    terms about pairs of experts read. moving: those that training moves, as no optimiser does: a
     phase that starts the bank's group anew starts them too.
     """
 
@@ -32,6 +33,7 @@ class Bank(nn.Module):
     frozen: bool = False  # it never trains, whatever a phase trains
     weighs_all: ClassVar[bool] = False  # a further expert changes the rest, even with a gate of zero
     task_dims: ClassVar[dict[str, int]] = {}
+    by_expert: ClassVar[tuple[str, ...]] = ()
     moving: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, experts: Bank) -> None:

@@ -40,12 +40,28 @@ class Imported:
 
     uses: ClassVar[tuple[str, ...]] = ("num_experts", "lora_dropout", "compose", "num_heads")
     levels: ClassVar[tuple[str, ...]] = LowRankBank.levels
+    by_expert: ClassVar[tuple[str, ...]] = LowRankBank.by_expert
 
     @dataclass(frozen=True)
     class Options:
-        # folders that peft wrote, one an expert; or one string: the folder that holds them, or a pattern (*)
-        adapters: str | tuple[str, ...] = ()
+        adapters: str | tuple[str, ...] = ()  # peft's folders, one an expert; their folder; or a pattern (*)
         train: bool = False  # whether the experts go on training
+
+    @classmethod
+    def check(cls, config: TaskMoEConfig, options: Options) -> None:
+        """See ``moe/choices.py``; a folder, or a pattern, is looked into when the experts are placed.
+
+        Raises:
+            ConfigError: no folders, or another number of them than of experts; as of bank ``low_rank``.
+        """
+        if not isinstance(options.adapters, str) or not options.adapters:
+            _check_count(options.adapters, config.num_experts)
+        OnLinears(LowRankBank).check(config, None)
+
+    @staticmethod
+    def trains(options: Options) -> bool:
+        """See ``moe/choices.py``."""
+        return options.train
 
     @classmethod
     def place(
@@ -86,11 +102,15 @@ class Imported:
 
 def _read(adapters: str | Sequence[str], num_experts: int) -> list[Lora]:
     folders = _inside(adapters) if isinstance(adapters, str) else adapters
+    _check_count(folders, num_experts)
+    return [read_lora(folder, KEY) for folder in folders]
+
+
+def _check_count(folders: Sequence[str], num_experts: int) -> None:
     if not folders:
         raise ConfigError(f"{KEY}: is empty; name the folders that peft wrote")
     if len(folders) != num_experts:
         raise ConfigError(f"moe.num_experts: {num_experts}, but {KEY} names {len(folders)}; give that")
-    return [read_lora(folder, KEY) for folder in folders]
 
 
 def _inside(adapters: str) -> list[str]:

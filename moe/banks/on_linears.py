@@ -39,7 +39,7 @@ class OnLinears:
         self.bank = bank
         self.uses: tuple[str, ...] = (*bank.uses, *TARGETS)
         self.levels: tuple[str, ...] = bank.levels
-        self.by_expert: tuple[str, ...] = getattr(bank, "by_expert", ())
+        self.by_expert: tuple[str, ...] = bank.by_expert
         if hasattr(bank, "Options"):
             self.Options = bank.Options
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from taskmoe.moe.banks.kinds import BANKS
+from taskmoe.moe.banks.prompt.kind import PromptKind
 from taskmoe.moe.banks.prompt.saved import read_prompts
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.regularisers.base import Regulariser
@@ -64,12 +66,21 @@ class Distillation(Regulariser):
         teacher: str = ""  # folder of a saved adapter with one prompt a task (bank: prompt)
         temperature: float = 1.0  # of both distributions; the term is multiplied by its square
 
+        def __post_init__(self) -> None:
+            if not self.teacher:
+                raise ConfigError(
+                    f"{KEY}.teacher: is missing; give a folder of a saved adapter of bank: prompt"
+                )
+            if not self.temperature > 0:
+                raise ConfigError(f"{KEY}.temperature: {self.temperature} must be above 0")
+
+    @classmethod
+    def fits(cls, options: Options, config: TaskMoEConfig) -> bool:
+        """See :class:`Regulariser`."""
+        return isinstance(BANKS[config.bank], PromptKind)
+
     def __init__(self, options: Options, config: TaskMoEConfig, tasks: TaskTable) -> None:
         super().__init__(options, config, tasks)
-        if not options.teacher:
-            raise ConfigError(f"{KEY}.teacher: is missing; give a folder of a saved adapter of bank: prompt")
-        if not options.temperature > 0:
-            raise ConfigError(f"{KEY}.temperature: {options.temperature} must be above 0")
         self.tasks = tasks
         self.prompts_TlW: Tensor | None = None  # the teachers', read at the first training step
 

@@ -49,6 +49,12 @@ class ArrowRouter(Bank):
     trains: ClassVar[bool] = False
     prototypes_EK: Tensor
 
+    @staticmethod
+    def check(config: TaskMoEConfig, options: None) -> None:
+        """Raises ConfigError for experts that are no pairs of low rank; see ``moe/choices.py``."""
+        if config.bank not in ("low_rank", "imported"):
+            raise ConfigError(f"moe.bank: {config.bank!r} has no prototypes; use low_rank")
+
     def __init__(self, config: TaskMoEConfig, d_in: int, tasks: TaskTable, dim: int) -> None:
         super().__init__()
         self.register_buffer("prototypes_EK", torch.zeros(config.num_experts, d_in))
@@ -76,14 +82,13 @@ def set_prototypes(model: TaskMoEModel) -> None:
     """Take the prototypes of every layer from its experts as they are now.
 
     Raises:
-        ConfigError: the model has no such router, or experts that are no pairs of low rank.
+        ConfigError: the model has no such router.
     """
     found = False
     for layer in model.modules():
         router = getattr(layer.token_routing, "router", None) if isinstance(layer, MoELinear) else None
         if isinstance(router, ArrowRouter):
-            if not isinstance(layer.bank, LowRankBank):
-                raise ConfigError(f"moe.bank: {model.moe_config.bank!r} has no prototypes; use low_rank")
+            assert isinstance(layer.bank, LowRankBank)
             router.take(layer.bank)
             found = True
     if not found:

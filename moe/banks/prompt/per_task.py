@@ -52,8 +52,7 @@ VECTORS = "vectors_"  # options of this name say where prompts start, and are of
 class PerTaskOptions(PromptOptions):
     """And where a task's prompt starts, if other tasks have been learned."""
 
-    # folder of a saved adapter of this kind: start at its P_0 and the sum of its tasks' vectors
-    vectors_from: str | None = None
+    vectors_from: str | None = None  # folder of such an adapter: start at its P_0 plus its tasks' vectors
     vectors_of: tuple[str, ...] | None = None  # vectors_from: the tasks whose vectors are added; None: all
     vectors_scale: float = 1.0  # vectors_from: what their sum is multiplied by; 1 / their number: the mean
 
