@@ -23,6 +23,7 @@ from taskmoe.moe.model import TaskMoEModel, task_dims
 from taskmoe.moe.new_tasks import row_of_new_tasks, rule_of
 from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.moe.representations.files import write_vectors
+from taskmoe.moe.representations.kinds import with_vectors
 from taskmoe.moe.snapshot import FILE as ROUTING
 from taskmoe.moe.snapshot import take
 from taskmoe.moe.tasks import TaskTable
@@ -172,11 +173,10 @@ def _grown(name: str, value: Tensor, parameter: Tensor, axis: int, rule: str) ->
 
 def with_saved_vectors(config: TaskMoEConfig, folder: str | Path) -> TaskMoEConfig:
     """``config`` with the vectors of tasks beside a saved adapter, where it names no file that is there."""
-    options, beside = config.representation_options or {}, Path(folder) / VECTORS
-    path = options.get("path")
+    path, beside = (config.representation_options or {}).get("path"), Path(folder) / VECTORS
     if (path is not None and Path(path).exists()) or not beside.exists():
         return config
-    return replace(config, representation_options={**options, "path": str(beside)})
+    return with_vectors(config, str(beside))
 
 
 def with_saved_gate(config: TaskMoEConfig, folder: str | Path, keep: Collection[str] = ()) -> TaskMoEConfig:

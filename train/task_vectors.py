@@ -1,14 +1,11 @@
-"""Vectors of tasks from what the tasks are made of: their texts, or the gradients of an adapter.
+"""Vectors of tasks from their training rows, made as a run starts: of texts here, of gradients in fisher.py.
 
-``representation: text`` makes the first kind at the start of a run. For the second kind call the functions
-here, and name the file that ``write_vectors`` writes as ``representation_options.path``.
-
-Legend: D task vector, P parameters, T tasks, L positions, B texts.
+Legend: D task vector, L positions, B texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +17,13 @@ from taskmoe.moe.choices import choices_in_use
 from taskmoe.moe.config import ConfigError
 from taskmoe.moe.options import options_of
 from taskmoe.moe.representations.files import FILE, read_vectors, write_vectors
+from taskmoe.moe.representations.fisher import FisherVectors
 from taskmoe.moe.representations.frozen import TextVectors
+from taskmoe.moe.representations.kinds import with_vectors
 from taskmoe.moe.state import with_saved_vectors
 from taskmoe.train.config import Config
 from taskmoe.train.distributed import Ranks
+from taskmoe.train.fisher import fisher_of_rows
 from taskmoe.train.models import LOAD_ERRORS, build_model
 from taskmoe.train.together import main_first
 
@@ -80,98 +80,56 @@ def text_vectors(
     return vectors
 
 
-def fisher_vectors(
-    parameters: Sequence[nn.Parameter],
-    batches: Mapping[str, Iterable[Any]],
-    loss: Callable[[Any], Tensor],
-    dim: int | None = None,
-) -> dict[str, Tensor]:
-    """{task: vector}: the squared gradient of each parameter, averaged over a task's batches (Achille et al.
-    2019; Ye, Zha, Ren 2022): the diagonal of the Fisher information where a batch is one row.
-
-    Args:
-        parameters: of an adapter that was fitted to the task, or of one that all tasks share.
-        batches: {task: batches of its training rows}.
-        loss: batch -> the loss, a scalar that depends on the parameters.
-        dim: None: [P] as it is; else the first ``dim`` principal components over the tasks (:func:`pca`).
-
-    Raises:
-        ValueError: a task without a batch.
-    """
-    vectors = {}
-    for task, of_task in batches.items():
-        total, count = torch.zeros(sum(p.numel() for p in parameters)), 0
-        for batch in of_task:
-            found = torch.autograd.grad(loss(batch), list(parameters), allow_unused=True)
-            flat = [
-                torch.zeros(p.numel()) if g is None else g.detach().float().flatten().cpu()
-                for p, g in zip(parameters, found, strict=True)
-            ]
-            total += torch.cat(flat).square()
-            count += 1
-        if not count:
-            raise ValueError(f"task {task!r} has no batch")
-        vectors[task] = total / count
-    return vectors if dim is None else pca(vectors, dim)
-
-
-def pca(vectors: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
-    """{task: [dim]}: the first ``dim`` principal components of the tasks' vectors.
-
-    Raises:
-        ValueError: more components than there are tasks or numbers.
-    """
-    x_TD = torch.stack(list(vectors.values())).double()
-    if not 1 <= dim <= min(x_TD.shape):
-        raise ValueError(f"dim: {dim} components of {x_TD.shape[0]} tasks with {x_TD.shape[1]} numbers each")
-    _, _, axes_DD = torch.linalg.svd(x_TD - x_TD.mean(0), full_matrices=False)
-    axes_DD = axes_DD[:dim]
-    # An axis has two directions: the one in which its largest entry is positive, on every machine.
-    largest = axes_DD.gather(1, axes_DD.abs().argmax(1, keepdim=True))
-    found_TD = (x_TD - x_TD.mean(0)) @ (axes_DD * largest.sign()).T
-    return dict(zip(vectors, found_TD.float().unbind(0), strict=True))
-
-
 def with_task_vectors(config: Config, data: Data, ranks: Ranks, known: Path | None) -> Config:
-    """``config``, with a file of vectors in the run's folder where ``representation: text`` names none, and
-    with a checkpoint's own where the file that it names is gone.
+    """``config``, with a file of vectors in the run's folder where a representation of ``MAKERS`` names none,
+    and with a checkpoint's own where the file that it names is gone.
 
-    Only training rows are read, before anything trains. A collective.
+    Only training rows are read, before anything trains, on rank 0. A collective.
 
     Args:
         known: a checkpoint that the run goes on from: its tasks keep their vectors.
 
     Raises:
-        ConfigError: an encoder that cannot be loaded.
+        ConfigError: an encoder that cannot be loaded; parameters that are not there.
     """
     moe, given = config.moe, config.moe.representation_options or {}
-    if choices_in_use(moe).get("representation") is not TextVectors or given.get("path") is not None:
+    kind = choices_in_use(moe).get("representation")
+    if kind not in MAKERS or given.get("path") is not None:
         return config if known is None else replace(config, moe=with_saved_vectors(moe, known))
-    options = options_of("representation", moe, TextVectors)
+    options = options_of("representation", moe, kind)
     path = Path(config.output_dir) / FILE
 
     def make() -> None:
         if not ranks.is_main:
             return
         found = {} if known is None or not (known / FILE).exists() else read_vectors(known / FILE)
-        texts = {
-            data.bundle.tasks[split.task].name: [
-                f"{row['prompt']} {row['target']}" if options.targets else row["prompt"]
-                for row in split.raw[: options.rows]
-            ]
-            for split in data.bundle.splits["train"]
-        }
-        missing = {task: rows for task, rows in texts.items() if task not in found}
+        missing = [name for name in data.bundle.tasks.names if name not in found]
         if missing:
-            encoder, tokenizer = _encoder(options.model, config, data)
-            made = text_vectors(
-                encoder.to(ranks.device), tokenizer, missing, max_length=config.data.max_length
-            )
-            found = {**found, **made}
+            found = {**found, **MAKERS[kind](config, data, ranks, options, missing)}
         write_vectors(found, path)
 
     main_first(ranks, make)
-    return replace(config, moe=replace(moe, representation_options={**given, "path": str(path)}))
+    return replace(config, moe=with_vectors(moe, str(path)))
+
+
+def text_of_rows(
+    config: Config, data: Data, ranks: Ranks, options: TextVectors.Options, tasks: Sequence[str]
+) -> dict[str, Tensor]:
+    """{task: [D] float32}: :func:`text_vectors` of the first training rows of each of ``tasks``.
+
+    Raises:
+        ConfigError: an encoder that cannot be loaded.
+    """
+    splits, table = data.bundle.splits["train"], data.bundle.tasks
+    texts = {
+        name: [
+            f"{row['prompt']} {row['target']}" if options.targets else row["prompt"]
+            for row in splits[table.id(name)].raw[: options.rows]
+        ]
+        for name in tasks
+    }
+    encoder, tokenizer = _encoder(options.model, config, data)
+    return text_vectors(encoder.to(ranks.device), tokenizer, texts, max_length=config.data.max_length)
 
 
 def _encoder(name: str, config: Config, data: Data) -> tuple[Any, Any]:
@@ -185,3 +143,10 @@ def _encoder(name: str, config: Config, data: Data) -> tuple[Any, Any]:
     except LOAD_ERRORS as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"moe.representation_options.model: no encoder in {name!r}: {first}") from error
+
+
+# (config, data, ranks, options of the representation, names of tasks) -> {task: [D] float32}, on rank 0.
+MAKERS: dict[Any, Callable[..., dict[str, Tensor]]] = {
+    TextVectors: text_of_rows,
+    FisherVectors: fisher_of_rows,
+}

@@ -24,6 +24,7 @@ from taskmoe.train.loop import train
 from taskmoe.train.objectives import count, model_inputs, step_loss
 from taskmoe.train.schedule import resolve_phases
 from taskmoe.train.setup import Data, build_data, build_moe
+from taskmoe.train.task_vectors import with_task_vectors
 
 ROOT = Path(__file__).parents[2]
 METHODS = {p.stem: p for p in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
@@ -77,18 +78,21 @@ def of_few_rows(config: Config) -> Config:
 
 
 @cache
-def method_of(name: str, on_runs: Callable[[Config], Config]) -> Method:
+def method_of(name: str, on_runs: Callable[[Config], Config], folder: Path) -> Method:
     """The data of a method, read once."""
     config = on_runs(of_few_rows(load(METHODS[name])))
-    config = replace(config, per_device_train_batch_size=16, deepspeed=None)
+    config = replace(config, per_device_train_batch_size=16, deepspeed=None, output_dir=str(folder / name))
     torch.manual_seed(0)
-    return Method(name, config, build_data(config, ALONE, ("train",), None, None, lambda line: None))
+    data = build_data(config, ALONE, ("train",), None, None, lambda line: None)
+    return Method(name, with_task_vectors(config, data, ALONE, None), data)
 
 
 @pytest.fixture(params=METHODS)
-def method(request: pytest.FixtureRequest, on_short_runs: Callable[[Config], Config]) -> Method:
+def method(
+    request: pytest.FixtureRequest, on_short_runs: Callable[[Config], Config], tmp_path_factory: Any
+) -> Method:
     """Runs a test once a file."""
-    return method_of(request.param, on_short_runs)
+    return method_of(request.param, on_short_runs, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Vectors of tasks from texts and from gradients: by definition, and through a run."""
+"""Vectors of tasks from texts: by definition, and through a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -27,7 +26,7 @@ from taskmoe.train.loop import train
 from taskmoe.train.models import build_model
 from taskmoe.train.run_eval import score_run
 from taskmoe.train.setup import saved_tokenizer
-from taskmoe.train.task_vectors import fisher_vectors, pca, text_vectors
+from taskmoe.train.task_vectors import text_vectors
 
 TEXTS = {"a": ["1 2 3", "4", "5 6 7 8 9 10 11 12"], "b": ["13 14"]}
 
@@ -71,35 +70,6 @@ def test_text_vectors_are_means_over_tokens_then_over_texts(kind):
         text_vectors(model, numbers, {"c": []})
     with pytest.raises(ValueError, match="task 'c' has a text without a token"):
         text_vectors(model, numbers, {"c": ["1", ""]})
-
-
-def test_fisher_vectors_are_mean_squared_gradients():
-    layer, unused = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
-    rows = {t: torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i, t in enumerate("ab")}
-    found = fisher_vectors([*layer.parameters(), unused], rows, lambda x: layer(x).square().sum() / 2)
-    for task, x in rows.items():
-        out = layer(x).detach()
-        weight = torch.stack([(o[:, None] * r[None]).square() for o, r in zip(out, x, strict=True)]).mean(0)
-        expected = torch.cat([weight.flatten(), out.square().mean(0), torch.zeros(2)])
-        assert torch.allclose(found[task], expected, atol=1e-6)
-    assert all(p.grad is None for p in layer.parameters())
-    with pytest.raises(ValueError, match="task 'c' has no batch"):
-        fisher_vectors(list(layer.parameters()), {"c": []}, lambda x: x)
-
-
-def test_pca_keeps_what_varies_most():
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([9, 4, 1, 1, 1, 1.0])
-    vectors = {f"t{i}": torch.randn(6, generator=generator) * sizes for i in range(9)}
-    found = torch.stack(list(pca(vectors, 3).values())).double()
-    x = torch.stack(list(vectors.values())).double()
-    values = torch.linalg.eigvalsh(torch.cov(x.T, correction=0)).flip(0)[:3]
-    assert torch.allclose(torch.cov(found.T, correction=0), torch.diag(values), atol=1e-5)
-    assert torch.allclose(found.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-6)
-    flipped = {n: -v for n, v in vectors.items()}
-    assert torch.allclose(torch.stack(list(pca(flipped, 3).values())).double(), -found, atol=1e-5)
-    with pytest.raises(ValueError, match="dim: 7 components of 9 tasks with 6 numbers each"):
-        pca(vectors, 7)
 
 
 def write_task(root: Path, task: str, word: str) -> None:
