@@ -275,3 +275,13 @@ def test_seeds_of_one_arm_alone(two_arms: list[str], capsys: pytest.CaptureFixtu
     assert cli.main(["compare", *two_arms[:3]]) == 0
     assert "0.4500 ± 0.0866" in capsys.readouterr().out
     assert "newPlot" not in as_html(compare_runs(two_arms[:3]))
+
+
+def test_every_field_is_documented(two_arms: list[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "TRACKING.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"[`.]([a-z_]+)(?:\[\])?`", text.partition("\n## compare\n")[2]))
+    found = compare_runs(two_arms)
+    arm, task = found["arms"][1], found["tasks"][0]
+    objects = (found, arm, arm["mean"], arm["difference"], arm["relative_gain"], task, task["arms"][1])
+    names = {name for of in objects for name in of}
+    assert names <= documented, names - documented

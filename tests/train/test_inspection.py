@@ -208,9 +208,8 @@ def test_the_page_begins_with_what_it_means(
 ) -> None:
     lines = page(capsys, monkeypatch, str(run)).splitlines()
     assert lines[0].endswith("run (run, step 20)")
-    assert lines[1] == (
-        "router task_table; gate softmax; 4 tasks, 2 routing groups; training loss 1.0000; score: experts 0.5000"
-    )
+    summary = "router task_table; gate softmax; 4 tasks, 2 routing groups; training loss 1.0000"
+    assert lines[1] == f"{summary}; score: experts 0.5000"
     assert lines[2].startswith("- Routing is not uniform")
     text = "\n".join(lines)
     for heading in ("routing groups", "experts", "tasks", "clusters of tasks", "tasks that disagree most"):
@@ -257,3 +256,27 @@ def test_user_errors(run: Path, capsys: pytest.CaptureFixture[str], argv: list[s
     assert cli.main([token.replace("{run}", str(run)) for token in argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
+
+
+def fields(value: Any, free: frozenset[str]) -> set[str]:
+    """All names of fields of an object at any depth; what stands under ``free`` ones goes by other names."""
+    if isinstance(value, list):
+        return {name for item in value for name in fields(item, free)}
+    if not isinstance(value, dict):
+        return set()
+    below = [item for key, item in value.items() if key not in free]
+    return set(value).union(*(fields(item, free) for item in below))
+
+
+def test_every_field_is_documented(run: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "TRACKING.md").read_text(encoding="utf-8")
+    section = text.partition("## inspect --json")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"[`.]([a-z_]+)(?:\[\])?`", section))
+    documented |= set(
+        re.findall(r"`(?:routing/)?([a-z_]+)`", text.partition("## Keys")[2].partition("\n## ")[0])
+    )
+    found = describe(gather(run))
+    names = fields(found, frozenset({"groups", "metrics"})) | fields(
+        list(found["groups"].values()), frozenset()
+    )
+    assert len(names) > 50 and names <= documented, names - documented
