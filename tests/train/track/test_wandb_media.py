@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -155,6 +156,14 @@ def test_a_picture_is_made_of_squares_of_the_colour_scale() -> None:
 
 def test_a_picture_of_many_tasks_has_a_pixel_for_each() -> None:
     assert wandb_media.picture(np.zeros((1000, 8)), "Viridis", 0.0, 0.0).size == (8, 1000)
+
+
+def test_drawing_draws_no_random_number() -> None:
+    media = Media(tasks(5), snapshot(5), snapshot(5), ([["t-0"], ["t-1"]], np.eye(2).tolist()))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    items(media, "detailed")
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
 
 def test_long_orders_are_cut_in_captions() -> None:
