@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from taskmoe.train.config import Config, ConfigError
@@ -163,4 +163,12 @@ def _put(tree: dict[str, Any], origins: Origins, parts: list[str | int], value: 
         here = here[part]
     for old in [p for p in origins if p.startswith(path + ".")]:
         del origins[old]
-    origins[path] = origin
+    origins.update(dict.fromkeys(_paths(value, path), origin))
+
+
+def _paths(value: Any, path: str) -> Iterator[str]:
+    """The path of a value and of all that it holds: ``--mixing '{cap: 3}'`` sets ``mixing.cap``."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield from _paths(item, join(path, str(key)))

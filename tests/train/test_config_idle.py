@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from taskmoe.train.config_io import load
+
+METHODS = Path(__file__).parents[2] / "configs" / "methods"
 
 L2 = "compose: before, gate: sigmoid, gate_options: {normalise: l2}"
 
@@ -107,3 +112,74 @@ def test_heads_that_the_router_gives_one_routing(write_run, fails) -> None:
 def test_a_scope_that_the_router_ignores(write_run, fails) -> None:
     message = fails(load, write_run("moe: {router: none, gate: uniform, router_scope: layer}"))
     assert "moe.router_scope: has no effect: " in message
+
+
+def overrides(given: str) -> list[str]:
+    """``key value,key value`` as tokens of a command line."""
+    return [token for part in re.split(r",(?=[a-z])", given) for token in f"--{part}".split(" ", 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("task_prompt", "representation text,representation_options {path: v.json, rows: 5}",
+         "moe.representation_options.rows: 5 has no effect: path names vectors"),
+        ("task_prompt", "representation text,representation_options {path: v.json, model: base}",
+         "moe.representation_options.model: 'base' has no effect: path names vectors"),
+        ("mor1e", "router_options {cluster_scale: 0, dim: 8}", "moe.router_options.dim: 8 has no effect: "),
+        ("mor1e", "router_options {cluster_scale: 0, encoder: x}", "moe.router_options.encoder: 'x' has"),
+        ("hydralora", "new_task_rows zero", "moe.new_task_rows: has no effect"),
+        ("lora", "new_task_rows mean", "moe.new_task_rows: has no effect"),  # at its default too
+        ("task_prompt", "new_task_rows zero", "moe.new_task_rows: has no effect"),  # vectors that are given
+        ("adapter_fusion", "bank_options.per_task false,new_task_rows zero", "moe.new_task_rows: has no"),
+        ("lora", "phases.0.train [base, experts, router]",
+         "phases.0.train: 'router' has no effect: moe.router is 'none', which does not train; leave it out"),
+        ("poly", "phases.0.train [task_embedding, experts]", "phases.0.train: 'task_embedding' has no effect: moe.b"),
+        ("task_prompt", "phases.0.train [task_embedding, experts]",
+         "phases.0.train: 'task_embedding' has no effect: moe.representation is 'frozen'"),
+        ("moram", "phases.0.train [router, experts]", "phases.0.train: 'router' has no effect: moe.bank 'own_keys'"),
+        ("imported", "phases.0.train [experts, router]",
+         "phases.0.train: 'experts' has no effect: moe.bank is 'imported' with {'adapters': './runs/elm/loras'}"),
+        ("mola", "phases.0.train [experts, heads]", "phases.0.train: 'heads' has no effect: task_type is 'CAUSAL_LM'"),
+        ("mola", "phases.0.train [experts, saved]", "phases.0.train: 'saved' has no effect: moe.modules_to_save"),
+        ("mhr_z", "phases.1.reinit [task_embedding]", "phases.1.reinit: 'task_embedding' has no effect"),
+        ("mor1e", "task_embedding_learning_rate 1", "task_embedding_learning_rate: has no effect"),
+        ("hyperformer", "router_learning_rate 1", "router_learning_rate: has no effect"),
+        ("gate_per_task", "phases.0.train [router],surgery {method: sum, scope: routers}",
+         "surgery.scope: has no effect: no phase trains routers that tasks share"),
+    ],
+)  # fmt: skip
+def test_what_a_method_leaves_without_effect(method: str, given: str, message: str, fails) -> None:
+    assert message in fails(load, METHODS / f"{method}.yaml", overrides(given))
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("task_prompt", "representation text,representation_options {rows: 5}"),
+        ("task_prompt", "representation text,representation_options {path: v.json, normalise: true}"),
+        ("mor1e", "router_options {cluster_scale: 1, dim: 8}"),
+        ("poly", "new_task_rows random"),
+        ("moelora", "new_task_rows random"),
+        ("gate_per_task", "new_task_rows random"),
+        ("prompt_tuning", "new_task_rows random"),
+        ("adapter_fusion", "new_task_rows random"),
+        (
+            "hydralora",
+            "task_type SEQ_CLS,evaluation.max_new_tokens null,new_task_rows zero",
+        ),  # heads have rows
+        ("adapter_fusion", "router_learning_rate 1"),  # of the attention
+        ("hyperformer", "router_learning_rate 1,task_embedding_learning_rate null"),  # and so of the vectors
+        ("lora", "phases [{}]"),  # by default a phase trains what there is
+        ("lora", "phases.0.train [experts, saved],modules_to_save [lm_head]"),
+    ],
+)
+def test_what_has_an_effect_may_be_set(method: str, given: str) -> None:
+    load(METHODS / f"{method}.yaml", overrides(given))
+
+
+def test_a_phase_in_which_nothing_trains(fails) -> None:
+    given = overrides("router none,gate uniform,phases [{}]")
+    message = fails(load, METHODS / "imported.yaml", given)
+    assert "phases.0.train: nothing trains in this phase: moe.bank is 'imported' with" in message
+    load(METHODS / "imported.yaml", [*given, "--max_steps", "0"])

@@ -84,6 +84,23 @@ def test_overrides_that_cannot_be_used(settings, fails, tokens: list[str], messa
     assert fails(settings, "", *tokens).startswith(message)
 
 
+def test_what_a_mapping_on_the_command_line_holds_was_set(settings, fails) -> None:
+    message = fails(settings, "", "--mixing", "{strategy: equal, cap: 3}")
+    assert message.startswith("--mixing: mixing.cap: has no effect: ")
+    assert "phases.0.gate: has no effect: " in fails(
+        settings, "", "--phases", "[{adapters: false, train: [base], gate: gumbel}]"
+    )
+
+
+@pytest.mark.parametrize("alias_first", [True, False])
+def test_a_key_given_by_both_its_names(settings, fails, alias_first: bool) -> None:
+    given = [["--moe.n_skills", "3"], ["--moe.num_experts", "2"]][:: 1 if alias_first else -1]
+    message = fails(settings, "", *given[0], *given[1])
+    first, second = (" ".join(pair) for pair in given)
+    assert message == f"{given[1][0]}: moe.num_experts is given twice, as {first} and {second}; keep one"
+    assert settings("", "--n_skills", "3", "--moe.n_skills", "4").moe.num_experts == 4  # one name, the last
+
+
 def test_an_ambiguous_short_name_lists_the_full_ones(fails, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclasses.dataclass(frozen=True)
     class One:
