@@ -32,24 +32,33 @@ class Pair(NamedTuple):
 
 
 @torch.no_grad()
-def collapse(model: TaskMoEModel, task: int | str) -> dict[str, Pair]:
+def collapse(
+    model: TaskMoEModel, task: int | str, token_gates: Mapping[str, Tensor] | None = None
+) -> dict[str, Pair]:
     """{name of a linear of the base model: what the experts of ``task`` add to it}.
 
     The rank is that of the experts with a gate other than zero together (``compose: after``), or of one
     expert.
 
+    Args:
+        token_gates: {linear: [T, H, E]}, say the mean gates of a task's tokens, where layers route tokens
+            themselves: they stand in for what tokens choose, and the result is no longer exact.
+
     Raises:
-        CollapseError: gates depend on tokens, or experts are not pairs of factors beside a linear.
+        CollapseError: gates depend on tokens and none are given, or experts are not pairs of factors beside a
+            linear.
         TaskError: an unknown task.
     """
     number = model.tasks.id(task) if isinstance(task, str) else task
     config = model.moe_config
     linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, MoELinear)}
     beside = {id(m) for linear in linears.values() for m in linear.modules()}
-    if any(linear.token_routing is not None for linear in linears.values()):
+    by_token = {n for n, linear in linears.items() if linear.token_routing is not None}
+    if by_token and token_gates is None:
         raise CollapseError(
             f"moe.router: {config.router!r} gives each token gates of its own, so that no one LoRA is what a "
-            "task uses; keep the mixture (save_pretrained), or train with a router by task"
+            "task uses; keep the mixture (save_pretrained), take the mean gates of the task's tokens "
+            "(taskmoe export --average), or train with a router by task"
         )
     others = any(isinstance(m, Bank) and id(m) not in beside for m in model.modules())
     if not linears or others or not all(hasattr(m.bank, "of_task") for m in linears.values()):
@@ -58,9 +67,16 @@ def collapse(model: TaskMoEModel, task: int | str) -> dict[str, Pair]:
             "LoRA equals it; keep the mixture (save_pretrained)"
         )
     gates = {name: gates_THE[number] for name, gates_THE in model.gates().items()}
+    for name in by_token:
+        gates[name] = token_gates[name][number]  # type: ignore[index]
+        if not bool(gates[name].isfinite().all()):
+            raise CollapseError(
+                f"task {model.tasks.names[number]!r}: no tokens of it have been seen at {name}"
+            )
     pairs = {}
     for name, linear in linears.items():
-        A_RK, B_RN = linear.bank.of_task(gates[model.routing.groups[linear.group]], number)
+        group = name if name in by_token else model.routing.groups[linear.group]
+        A_RK, B_RN = linear.bank.of_task(gates[group].to(model.device), number)
         pairs[name] = Pair(A_RK.float().contiguous(), B_RN.float().contiguous())
     return pairs
 

@@ -323,6 +323,16 @@ class TaskMoEModel(nn.Module):
             if isinstance(module, Bank):
                 module.after_step(add_up)
 
+    def merge_and_unload(self, task: int | str) -> nn.Module:
+        """A copy of the base model with what the experts of ``task`` add in its weights (PEFT's name).
+
+        Raises:
+            CollapseError, TaskError: as :func:`taskmoe.moe.merge_weights.merge`.
+        """
+        from taskmoe.moe.merge_weights import merge
+
+        return merge(self, task)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_model.safetensors, adapter_config.json, task_map.json (:mod:`taskmoe.moe.state`)."""
         from taskmoe.moe.state import save_adapter

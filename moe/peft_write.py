@@ -57,7 +57,7 @@ def write_lora(
         "target_modules": sorted(pairs),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "fan_in_fan_out": any(_is_conv1d(base.get_submodule(name)) for name in pairs),
+        "fan_in_fan_out": any(is_conv1d(base.get_submodule(name)) for name in pairs),
         "modules_to_save": list(modules_to_save) or None,
     }
     state = {}
@@ -77,5 +77,6 @@ def task_type(base: nn.Module) -> str | None:
     return next((t for end, t in TASK_TYPES.items() if type(base).__name__.endswith(end)), None)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a linear, with experts or without, keeps its weight as [K, N]."""
     return isinstance(getattr(module, "base", module), Conv1D)

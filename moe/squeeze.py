@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from taskmoe.moe.banks.base import Bank
@@ -11,9 +9,8 @@ from taskmoe.moe.banks.module.experts import Deferred, ModuleExperts, PairExpert
 from taskmoe.moe.banks.module.stack import ModuleStack
 from taskmoe.moe.banks.module.targets import PAIR
 from taskmoe.moe.config import ConfigError
-from taskmoe.moe.heads import TaskLinear
-from taskmoe.moe.layer import SavedModule
-from taskmoe.moe.model import TaskMoEModel, _embedding_hook
+from taskmoe.moe.model import TaskMoEModel
+from taskmoe.moe.plain_copy import plain_copy
 
 
 def squeeze(model: TaskMoEModel, task: str) -> nn.Module:
@@ -29,22 +26,17 @@ def squeeze(model: TaskMoEModel, task: str) -> nn.Module:
         A copy of the base model, all of it free to train, in the dtype of the base.
 
     Raises:
-        ConfigError: experts that are no modules, gates of tokens, or heads per task.
+        ConfigError: experts that are no modules, or gates of tokens.
         TaskError: a task that is not in the table.
     """
     number = model.tasks.id(task)
     if model.routing.router is None:
         raise ConfigError("squeeze: tokens are routed one by one, so a task has no path of its own")
     gates = list(model.gates().values())
-    plain = copy.deepcopy(model.base_model)
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, TaskLinear):
-            raise ConfigError(f"squeeze: {name} is a head per task; squeeze a model without heads per task")
+    for name, module in model.base_model.named_modules():
         if isinstance(module, Bank) and not isinstance(module, ModuleStack):
             raise ConfigError(f"squeeze: {name} is no copy of a module (moe.bank: module); merge it instead")
-        for hook, function in list(module._forward_hooks.items()):
-            if function is _embedding_hook:
-                del module._forward_hooks[hook]
+    plain = plain_copy(model, number, {})
     for name, module in list(plain.named_modules()):
         if isinstance(module, ModuleExperts):
             original = module.plain(int(gates[module.group][number].mean(0).argmax()))
@@ -52,13 +44,6 @@ def squeeze(model: TaskMoEModel, task: str) -> nn.Module:
             _put(plain, name, original.get_submodule(PAIR[1]) if pair else original)
         elif isinstance(module, Deferred):
             _put(plain, name, module.original)
-        elif isinstance(module, SavedModule):
-            original, saved = module.original, dict(module.saved.named_parameters())
-            for n, p in original.named_parameters():
-                p.data.copy_(saved[n].data)
-            _put(plain, name, original)
-    for p in plain.parameters():
-        p.requires_grad_(p.is_floating_point())
     return plain
 
 

@@ -1,26 +1,32 @@
-"""What a task of a run uses, as files that other programs read, and whether they say the same.
+"""What a task of a run uses, as files that other programs read.
 
-Everything is written into a folder beside the one that is asked for, loaded again, compared with the run, and
+Everything is written into a folder beside the one that is asked for, read again, compared with the run, and
 only then put in place.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
-from taskmoe.moe import collapse, save_lora
-from taskmoe.moe.banks.prompt.entry import Prompts
-from taskmoe.moe.banks.prompt.export import save_prompt
+from taskmoe.moe import collapse
+from taskmoe.moe.collapse import Pair
+from taskmoe.moe.layer import MoELinear
+from taskmoe.moe.merge_weights import merge
 from taskmoe.moe.tasks import slugify
 from taskmoe.moe.truncate import truncate
-from taskmoe.train.export_check import Checker
+from taskmoe.train.export_average import Losses, mean_gates
+from taskmoe.train.export_check import difference
+from taskmoe.train.export_formats import FORMATS, Format
+from taskmoe.train.model_card import write_card
 from taskmoe.train.trained_run import TrainedRun, load_run
 
 ALL = "all"
@@ -34,78 +40,119 @@ class ExportError(ValueError):
 class Exported:
     """What was written for one task.
 
-    rank: the largest of its linears', 0 for prompts. errors: {linear: |dW - what was written| / |dW|}, of
-    linears that were cut. difference: the largest between logits of the result and of the run, over the
-    largest logit of the run; None: not checked.
+    rank: the largest of its LoRA's linears', 0 where there is none. errors: {linear: |dW - what was written|
+    / |dW|} of linears that were cut. difference: the largest between logits of the result and of the run,
+    over the largest logit of the run; None: not checked. losses: of the run and of the result on the task's
+    rows, where gates were averaged.
     """
 
     task: str
     folder: Path
-    rank: int
+    rank: int = 0
     errors: dict[str, float] = field(default_factory=dict)
     difference: float | None = None
+    losses: tuple[float, float] | None = None
 
 
-def export_run(
-    run: str | Path,
-    task: str,
-    out: str | Path,
-    max_rank: int | None = None,
-    *,
-    force: bool = False,
-    check: bool = True,
-) -> list[Exported]:
-    """Write the adapter of a task, or with ``all`` of every task, for peft.
+@dataclass(frozen=True)
+class Options:
+    """How to export.
+
+    kind: a name of ``FORMATS``. max_rank: LoRAs of a larger rank are cut. average: mean gates in place of
+    those that tokens choose. force: replace what is there. check: read the result again and compare.
+    """
+
+    kind: str = "peft"
+    max_rank: int | None = None
+    average: bool = False
+    force: bool = False
+    check: bool = True
+
+
+def export_run(run: str | Path, task: str, out: str | Path, options: Options = Options()) -> list[Exported]:
+    """Write a task of a run, or with ``all`` every task.
 
     Args:
         run: a run folder, or one of its checkpoints.
         out: where to; with ``all``, each task has a folder of its slug in it.
-        force: replace what is in ``out``.
-        check: load each adapter with peft, and compare.
 
     Raises:
-        ExportError: ``out`` is in use, or the result differs from the run: nothing is written then.
-        CollapseError: the run has no such adapter; says why.
+        ExportError: options that do not go together, or ``out`` is in use.
+        CheckError: the result differs from the run: nothing is written then.
+        CollapseError: a task cannot be written like that; says why.
+        AverageError, SnapshotError: there are no gates of tokens to average.
         TaskError: an unknown task; names the nearest.
         ConfigError, CheckpointError, StateError: as :func:`taskmoe.train.trained_run.load_run`.
     """
-    target = Path(out)
-    _require_free(target, force)
-    checker = Checker() if check else None
+    target, kind = Path(out), FORMATS[options.kind]
+    _require_free(target, options.force)
+    if options.check and kind.needs and importlib.util.find_spec(kind.needs) is None:
+        raise ExportError(f"the check needs {kind.needs}: pip install {kind.needs}, or give --no_check")
+    if not kind.by_task and (task != ALL or options.max_rank or options.average):
+        raise ExportError(
+            f"--format {options.kind} writes the whole mixture as it is: with --task all, and without "
+            "--max_rank and --average"
+        )
     trained = load_run(run)
     tasks = trained.model.tasks
-    chosen = tasks.names if task == ALL else [tasks[tasks.id(task)].name]
+    chosen = range(len(tasks)) if task == ALL else [tasks.id(task)]
+    means = _Means(trained) if options.average else None
     with _in_place(target) as folder:
-        base = _save_base(trained, folder, target)
-        if checker is not None:
-            checker.begin(trained, base)
+        form = kind(trained, _save_base(trained, folder, target) if kind.beside_base else None)
+        if not kind.by_task:
+            form.write(0, None, folder)
+            write_card(form, folder, options.kind)
         found = []
-        for name in track(chosen, "exporting", console=Console(stderr=True), disable=len(chosen) < 2):
-            slug = tasks[tasks.id(name)].slug if task == ALL else ""
-            found.append(_export(trained, name, folder / slug, target / slug, max_rank, checker))
+        for number in track(chosen, "exporting", console=Console(stderr=True), disable=len(chosen) < 2):
+            slug = tasks[number].slug if kind.by_task and task == ALL else ""
+            found.append(_export(form, number, folder / slug, target / slug, options, means))
     return found
 
 
+class _Means:
+    """What ``--average`` needs of a run."""
+
+    def __init__(self, trained: TrainedRun) -> None:
+        self.gates: Mapping[str, Tensor] = mean_gates(trained)
+        self.losses = Losses(trained)
+
+
 def _export(
-    trained: TrainedRun, task: str, folder: Path, target: Path, max_rank: int | None, checker: Checker | None
+    form: Format, number: int, folder: Path, target: Path, options: Options, means: _Means | None
 ) -> Exported:
-    model, rank = trained.model, 0
+    model = form.trained.model
     errors: dict[str, float] = {}
-    if isinstance(getattr(model, "prompts", None), Prompts):
-        save_prompt(model, task, folder)
-    else:
-        pairs = collapse(model, task)
-        if max_rank is not None:
-            pairs, errors = truncate(pairs, max_rank)
-        save_lora(model, task, folder, pairs=pairs)
-        rank = max(len(pair.A_RK) for pair in pairs.values())
+    pairs: Mapping[str, Pair] | None = None
+    if any(isinstance(m, MoELinear) for m in model.modules()) and form.by_task:
+        pairs = collapse(model, number, None if means is None else means.gates)
+    if options.max_rank is not None:
+        if pairs is None:
+            raise ExportError(
+                f"--max_rank: moe.bank {model.moe_config.bank!r} has no ranks to cut; leave it out"
+            )
+        pairs, errors = truncate(pairs, options.max_rank)
     errors = {name: error for name, error in errors.items() if error}
-    difference = None if checker is None else checker.difference(task, folder, exact=not errors)
-    return Exported(task, target, rank, errors, difference)
+    if form.by_task:
+        form.write(number, pairs, folder)
+    inexact = pairs if errors or means is not None else None
+    losses = None
+    if means is not None:
+        losses = means.losses.of(number), means.losses.of(number, merge(model, number, pairs))
+    exported = Exported(
+        task=model.tasks.names[number],
+        folder=target,
+        rank=0 if pairs is None else max(len(pair.A_RK) for pair in pairs.values()),
+        errors=errors,
+        difference=difference(form, number, folder, inexact) if options.check else None,
+        losses=losses,
+    )
+    if form.by_task:
+        write_card(form, folder, options.kind, exported)
+    return exported
 
 
 def _save_base(trained: TrainedRun, folder: Path, target: Path) -> Path | None:
-    """Save the base of the run where it is no model of the hub; adapters will name the place it goes to."""
+    """Save the base of the run where no hub has it; adapters will name the place that it goes to."""
     if not trained.has_own_base:
         return None
     slug = slugify("base", (t.slug for t in trained.model.tasks))

@@ -1,91 +1,57 @@
-"""Whether an exported adapter, in the hands of peft, says what the run says."""
+"""Whether what was exported, in the hands of its users, says what the run says."""
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from taskmoe.moe.collapse import trained_whole
+from taskmoe.moe.collapse import Pair
 from taskmoe.moe.dry_run import example_inputs
-from taskmoe.moe.heads import MeanPoolClassifier
-from taskmoe.moe.text_encoder import TextEncoder
-from taskmoe.moe.wrappers import inside, load_head
-from taskmoe.train.trained_run import TrainedRun
+from taskmoe.moe.merge_weights import merge
+from taskmoe.train.export_formats import Format
 
 BOUND = 1e-5  # of the largest logit, in float32
 
 
 class CheckError(ValueError):
-    """The exported files do not say what the run says, or cannot be checked."""
+    """The exported files do not say what they should."""
 
 
-class Checker:
-    """Loads adapters with peft onto the base that they name, and compares logits on a few made-up sequences.
+@torch.no_grad()
+def difference(form: Format, task: int, folder: Path, inexact: Mapping[str, Pair] | None) -> float:
+    """The largest difference of logits between the run and what was written, over the run's largest logit.
+
+    On a few made-up sequences, in float32.
+
+    Args:
+        inexact: pairs that were written in place of the task's own, which are then compared, merged; None:
+            the run is what must come back.
 
     Raises:
-        CheckError: peft is not installed.
+        CheckError: more than ``BOUND`` from what should have been written.
     """
+    model = form.trained.model
+    inputs = example_inputs(form.inner)
+    expected = model(**inputs, task_ids=[task] * len(inputs["input_ids"])).logits
+    found = form.read(task, folder)(**inputs).logits
+    apart = _apart(found, expected)
+    wrong = apart if inexact is None else _apart(found, merge(model, task, inexact)(**inputs).logits)
+    if not wrong <= BOUND:
+        raise CheckError(
+            f"task {model.tasks.names[task]!r}: read again, the logits are {wrong:.1e} of the largest away "
+            f"from what they should be, more than {BOUND:.0e}; nothing was written (--no_check writes it)"
+        )
+    return apart
 
-    def __init__(self) -> None:
-        if importlib.util.find_spec("peft") is None:
-            raise CheckError("the check needs peft: pip install peft, or give --no_check")
-        self._base: nn.Module | None = None  # loaded, and without an adapter
 
-    def begin(self, trained: TrainedRun, base: Path | None) -> None:
-        """base: the folder of the run's own base; None: one of the hub."""
-        self.trained, self.folder = trained, base
-        self.inner: Any = inside(trained.model.base_model)[0]
-        self.inputs = example_inputs(self.inner)
-
-    @torch.no_grad()
-    def difference(self, task: str, folder: Path, exact: bool) -> float:
-        """The largest difference of logits between an adapter and the run, over the run's largest logit.
-
-        Raises:
-            CheckError: it is above ``BOUND`` although the adapter should be ``exact``.
-        """
-        from peft import PeftModel
-
-        number = self.trained.model.tasks.id(task)
-        labels = len(self.trained.model.tasks[number].labels or ())
-        whole = bool(trained_whole(self.inner, number))
-        if self._base is None:
-            self._base = self._load(labels if whole else None)
-        theirs: Any = PeftModel.from_pretrained(self._base, folder).eval()
-        rows = len(self.inputs["input_ids"])
-        expected = self.trained.model(**self.inputs, task_ids=[task] * rows).logits
-        found = self._around(theirs, folder)(**self.inputs).logits
-        if whole:
-            self._base, expected = None, expected[..., : found.shape[-1]]  # without what is beyond its labels
-        elif hasattr(theirs.base_model, "unload"):
-            self._base = theirs.unload()
-        # A prompt's own positions come first in peft.
-        found = found[..., -expected.shape[-2] :, :]
-        difference = float((found - expected).abs().max() / expected.abs().max())
-        if exact and not difference <= BOUND:
-            raise CheckError(
-                f"task {task!r}: in peft the logits differ from the run's by {difference:.1e} of the "
-                f"largest, more than {BOUND:.0e}; nothing was written (--no_check writes it all the same)"
-            )
-        return difference
-
-    def _load(self, num_labels: int | None) -> nn.Module:
-        settings: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
-        if self.trained.config.attn_implementation is not None:
-            settings["attn_implementation"] = self.trained.config.attn_implementation
-        where = self.folder or self.inner.config._name_or_path
-        model: nn.Module = type(self.inner).from_pretrained(where, dtype=torch.float32, **settings)
-        return model.eval()
-
-    def _around(self, model: nn.Module, folder: Path) -> nn.Module:
-        """What the run has around its encoder, around another one."""
-        own = self.trained.model.base_model
-        if isinstance(own, MeanPoolClassifier):
-            return MeanPoolClassifier(model, load_head(folder)[0])  # type: ignore[arg-type]
-        if isinstance(own, TextEncoder):
-            return TextEncoder(model, own.pooling, own.normalise, own.scale)
-        return model
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """Between the logits that both have: a head alone has none beyond its labels, and a prompt of peft gives
+    logits at its own positions first."""
+    outputs = min(found.shape[-1], expected.shape[-1])
+    if found.dim() == 3:
+        found = found[:, -expected.shape[1] :]
+    found, expected = found[..., :outputs], expected[..., :outputs]
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskmoe.train.export import Exported, export_run
+from taskmoe.train.export import Exported, Options, export_run
 from taskmoe.train.output import page, print_json, print_table
 from taskmoe.train.run_eval import stdout_is_stderr
 
-COLUMNS = ["task", "folder", "rank", "largest error", "logits differ by"]
+COLUMNS = ["task", "folder", "rank", "largest error", "logits differ by", "loss"]
 
 
-def export(run: str, task: str, out: str, max_rank: int | None, as_json: bool, **settings: Any) -> int:
+def export(run: str, task: str, out: str, options: Options, as_json: bool) -> int:
     """Export, then print a line a task, or one JSON object.
 
     Returns:
@@ -21,7 +21,7 @@ def export(run: str, task: str, out: str, max_rank: int | None, as_json: bool, *
         ExportError and the others of :func:`taskmoe.train.export.export_run`.
     """
     with stdout_is_stderr():
-        found = export_run(run, task, out, max_rank, **settings)
+        found = export_run(run, task, out, options)
     if as_json:
         print_json({"run": run, "out": out, "tasks": {e.task: _numbers(e) for e in found}})
         return 0
@@ -35,10 +35,12 @@ def export(run: str, task: str, out: str, max_rank: int | None, as_json: bool, *
 
 
 def _numbers(e: Exported) -> dict[str, Any]:
-    return {"folder": str(e.folder), "rank": e.rank, "errors": e.errors, "difference": e.difference}
+    found = {"folder": str(e.folder), "rank": e.rank, "errors": e.errors, "difference": e.difference}
+    return found if e.losses is None else {**found, "loss_routed": e.losses[0], "loss_exported": e.losses[1]}
 
 
 def _row(e: Exported) -> list[str]:
-    worst = f"{max(e.errors.values()):.4f}" if e.errors else "exact"
+    worst = f"{max(e.errors.values()):.4f}" if e.errors else "exact" if e.losses is None else "mean gates"
+    losses = "" if e.losses is None else f"{e.losses[0]:.4f} -> {e.losses[1]:.4f}"
     differs = "not checked" if e.difference is None else f"{e.difference:.1e}"
-    return [e.task, str(e.folder), str(e.rank), worst, differs]
+    return [e.task, str(e.folder), str(e.rank) if e.rank else "", worst, differs, losses]
