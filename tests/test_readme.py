@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from taskmoe.train.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -182,7 +185,47 @@ def check_what_the_commands_left(printed: list[str], folder: Path) -> None:
     assert isinstance(json.loads(results[0]), dict)
 
 
-def test_commands_at_tiny_size(run_shell: Callable[[str, float], str], tmp_path: Path) -> None:
+def on_a_rank(folder: str, argv: list[str]) -> int:
+    """The command on a rank of the shared pair."""
+    os.chdir(folder)
+    return main(argv)
+
+
+@pytest.fixture
+def run_line(
+    run_shell: Callable[[str, float], str],
+    spawn_ranks: Callable[..., list[int]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], str]:
+    """Runs one line of commands; gives back what it printed.
+
+    ``taskmoe`` is called without a process of its own, since each of those imports torch for seconds. That it
+    is a program, and that it starts ranks, is held by tests/train/test_cli.py and test_end_to_end.py, and by
+    the slow test below.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> str:
+        words = shlex.split(line)
+        if words[0] != "taskmoe":
+            return run_shell(line, 300)
+        argv = words[1:] + (["--report_to", "none"] if words[1] == "train" else [])
+        capsys.readouterr()
+        if "--num_ranks" not in argv:
+            assert main(argv) == 0
+            return capsys.readouterr().out
+        at = argv.index("--num_ranks")
+        assert argv.pop(at + 1) == "2"
+        del argv[at]
+        assert spawn_ranks(on_a_rank, folder=str(tmp_path), argv=argv) == [0, 0]
+        return ""
+
+    return run
+
+
+def test_commands_at_tiny_size(run_line: Callable[[str], str], tmp_path: Path) -> None:
     for source in (ROOT / "configs").rglob("*.*"):
         target = tmp_path / "configs" / source.relative_to(ROOT / "configs")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +234,10 @@ def test_commands_at_tiny_size(run_shell: Callable[[str, float], str], tmp_path:
         path = tmp_path / "configs" / name
         config = shrink(yaml.safe_load(path.read_text(encoding="utf-8")))
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    check_what_the_commands_left([run_shell(block, 300) for block in shell_blocks()], tmp_path)
+    lines = [
+        line for block in shell_blocks() for line in block.splitlines() if not line.startswith("export ")
+    ]
+    check_what_the_commands_left([run_line(line) for line in lines], tmp_path)
 
 
 @pytest.mark.slow

@@ -153,6 +153,7 @@ def test_the_devices(monkeypatch):
     assert launch.visible_devices(8) is None
 
 
+@pytest.mark.slow  # test_end_to_end.py holds it of `taskmoe train`, in the fast tests
 def test_sigterm_reaches_the_ranks_and_they_save(start, tmp_path):
     process = start("train")
     until(lambda: both(tmp_path, "ready"))
