@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,8 @@ from taskmoe.train.config_checks import CHOICES, RANGES, validate
 from taskmoe.train.config_decode import known_paths
 from taskmoe.train.config_idle import ineffective
 from taskmoe.train.config_io import load
+
+METHODS = Path(__file__).parents[2] / "configs" / "methods"
 
 
 @pytest.mark.parametrize(
@@ -131,3 +134,70 @@ def test_tables_of_checks_name_real_keys() -> None:
 def test_an_option_that_the_choice_does_not_have(write_run, fails) -> None:
     message = fails(load, write_run("moe: {router_options: {depth: 2}}"))
     assert "moe.router_options" in message and ("has no effect" in message or "unknown option" in message)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "message"),
+    [
+        ("poly", "moe.regularisers {token_balance: 0.01}",
+         "moe.regularisers.token_balance: no layer routes tokens"),
+        ("poly", "moe.regularisers {fusion_identity: 0.01}",
+         "moe.regularisers.fusion_identity: no experts here"),
+        ("poly", "moe.regularisers {distillation: {weight: 1, teacher: x}}",
+         "distillation: there are no prompts"),
+        ("adapters", "moe.regularisers {alignment: 1}",
+         "moe.regularisers.alignment: no low-rank experts lie"),
+        ("lora", "moe.regularisers {orthogonality: 1}", "moe.regularisers.orthogonality: no experts here"),
+        ("hydralora", "moe.regularisers {expert_distance: 1}",
+         "moe.regularisers.expert_distance: no experts here"),
+        ("mor1e", "moe.regularisers {z_loss: 1}",
+         "moe.regularisers.z_loss: no router by task has parameters"),
+        ("average", "moe.regularisers {entropy: 1}",
+         "moe.regularisers.entropy: no router by task has parameters"),
+        ("mor1e", "moe.compose before",
+         "moe.compose: 'before' averages parameters, which router 'token_cluster'"),
+        ("smora", "moe.router_options.top_k 99",
+         "moe.router_options.top_k: 99 must be between 1 and num_exp"),
+        ("moram", "moe.bank_options.top_k 64", "moe.bank_options.top_k: 64 must be between 1 and r = 32"),
+        ("moram", "moe.rank_pattern {q_proj: 4}", "moe.bank_options.top_k: 8 must be between 1 and r = 4"),
+        ("trex", "moe.num_experts 15",
+         "moe.num_experts: 15 pairs of 4 rows of A (moe.r) with rows of B; make it"),
+        ("transformer_router", "moe.router_options.heads 5", "moe.router_options.heads: 5 does not divide"),
+        ("transformer_router", "moe.router_scope model", "moe.router_scope: 'model' makes one routing group"),
+        ("recurrent_router", "moe.router_scope model", "moe.router_scope: 'model' makes one routing group"),
+        ("spt", "moe.router recurrent,moe.router_init_std null",
+         "moe.router: 'recurrent' goes over several routing groups"),
+        ("spt", "moe.router_scope layer", "moe.router_scope: 'layer' with prompts"),
+        ("jiuzhang", "moe.bank_options.every 0", "moe.bank_options.every: 0 must be at least 1"),
+        ("gupta_ffn", "moe.bank_options {of: attention}",
+         "moe.bank_options.of: 'attention' is each attention of the"),
+        ("mpt", "data.packing true",
+         "data.packing: moe.bank 'multitask_prompt' takes no rows of several sequences"),
+        ("mor1e", "data.packing true",
+         "data.packing: moe.router 'token_cluster' takes no rows of several sequences"),
+        ("task_prompt", "moe.representation_options null",
+         "moe.representation_options.path: none given; name a"),
+        ("random_tasks", "moe.router_options.experts 9",
+         "moe.router_options.experts: 9 must be between 1 and num_"),
+        ("elm", "moe.num_experts 3",
+         "moe.router_options.experts: 'swap_mirror' needs expert 3, and they are numb"),
+        ("mola", "moe.expert_pattern {q_proj: 1}",
+         "moe.expert_pattern: 1 experts of 'q_proj' are fewer than top_k"),
+        ("poly", "moe.expert_pattern {q_proj: 2}",
+         "moe.expert_pattern: router 'task_table' gives all layers as"),
+        ("hydralora", "moe.router arrow,phases.0.train [experts]",
+         "moe.bank: 'shared_a' has no prototypes; use low_rank"),
+        ("imported", "moe.bank_options.adapters [a, b]",
+         "moe.num_experts: 8, but moe.bank_options.adapters names 2"),
+        ("imported", "moe.bank_options.adapters []", "moe.bank_options.adapters: is empty; name the folders"),
+        ("prompt_tuning", "surgery {method: sum},base_learning_rate null,phases.0.train [experts]",
+         "no phase trains anything that tasks sh"),
+        ("mixlora", "moe.regularisers {token_z_loss: 1},surgery {method: sum, way: separate}",
+         "surgery.way 'separate'"),
+    ],
+)  # fmt: skip
+def test_clashes_that_the_settings_alone_show(method: str, given: str, message: str, fails) -> None:
+    tokens = [token for part in re.split(r",(?=[a-z])", given) for token in f"--{part}".split(" ", 1)]
+    found = fails(load, METHODS / f"{method}.yaml", tokens)
+    assert message in found
+    assert found.count(message.split(": ")[0]) <= 2, "the key is named twice"
