@@ -10,7 +10,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -54,27 +54,27 @@ class Exported:
     losses: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to export.
-
-    kind: a name of ``FORMATS``. max_rank: LoRAs of a larger rank are cut. average: mean gates in place of
-    those that tokens choose. force: replace what is there. check: read the result again and compare.
-    """
-
-    kind: str = "peft"
-    max_rank: int | None = None
-    average: bool = False
-    force: bool = False
-    check: bool = True
-
-
-def export_run(run: str | Path, task: str, out: str | Path, options: Options = Options()) -> list[Exported]:
+def export_run(
+    run: str | Path,
+    task: str,
+    out: str | Path,
+    kind: str = "peft",
+    *,
+    max_rank: int | None = None,
+    average: bool = False,
+    force: bool = False,
+    check: bool = True,
+) -> list[Exported]:
     """Write a task of a run, or with ``all`` every task.
 
     Args:
         run: a run folder, or one of its checkpoints.
         out: where to; with ``all``, each task has a folder of its slug in it.
+        kind: a name of ``FORMATS``.
+        max_rank: LoRAs of a larger rank are cut to it.
+        average: the mean gates of a task's tokens in place of those that tokens choose.
+        force: replace what is in ``out``.
+        check: read the result again and compare.
 
     Raises:
         ExportError: options that do not go together, or ``out`` is in use.
@@ -84,28 +84,31 @@ def export_run(run: str | Path, task: str, out: str | Path, options: Options = O
         TaskError: an unknown task; names the nearest.
         ConfigError, CheckpointError, StateError: as :func:`taskmoe.train.trained_run.load_run`.
     """
-    target, kind = Path(out), FORMATS[options.kind]
-    _require_free(target, options.force)
-    if options.check and kind.needs and importlib.util.find_spec(kind.needs) is None:
-        raise ExportError(f"the check needs {kind.needs}: pip install {kind.needs}, or give --no_check")
-    if not kind.by_task and (task != ALL or options.max_rank or options.average):
+    target, cls = Path(out), FORMATS[kind]
+    _require_free(target, force)
+    if check and cls.needs and importlib.util.find_spec(cls.needs) is None:
+        raise ExportError(f"the check needs {cls.needs}: pip install {cls.needs}, or give --no_check")
+    if not cls.by_task and (task != ALL or max_rank or average):
         raise ExportError(
-            f"--format {options.kind} writes the whole mixture as it is: with --task all, and without "
+            f"--format {kind} writes the whole mixture as it is: with --task all, and without "
             "--max_rank and --average"
         )
     trained = load_run(run)
     tasks = trained.model.tasks
     chosen = range(len(tasks)) if task == ALL else [tasks.id(task)]
-    means = _Means(trained) if options.average else None
+    means = _Means(trained) if average else None
     with _in_place(target) as folder:
-        form = kind(trained, _save_base(trained, folder, target) if kind.beside_base else None)
-        if not kind.by_task:
+        form = cls(trained, _save_base(trained, folder, target) if cls.beside_base else None)
+        if not cls.by_task:
             form.write(0, None, folder)
-            write_card(form, folder, options.kind)
+            write_card(form, folder, kind)
         found = []
         for number in track(chosen, "exporting", console=Console(stderr=True), disable=len(chosen) < 2):
-            slug = tasks[number].slug if kind.by_task and task == ALL else ""
-            found.append(_export(form, number, folder / slug, target / slug, options, means))
+            slug = tasks[number].slug if cls.by_task and task == ALL else ""
+            exported = _export(form, number, folder / slug, max_rank, means, check)
+            if cls.by_task:
+                write_card(form, folder / slug, kind, exported)
+            found.append(replace(exported, folder=target / slug))
     return found
 
 
@@ -118,19 +121,19 @@ class _Means:
 
 
 def _export(
-    form: Format, number: int, folder: Path, target: Path, options: Options, means: _Means | None
+    form: Format, number: int, folder: Path, max_rank: int | None, means: _Means | None, check: bool
 ) -> Exported:
     model = form.trained.model
     errors: dict[str, float] = {}
     pairs: Mapping[str, Pair] | None = None
     if any(isinstance(m, MoELinear) for m in model.modules()) and form.by_task:
         pairs = collapse(model, number, None if means is None else means.gates)
-    if options.max_rank is not None:
+    if max_rank is not None:
         if pairs is None:
             raise ExportError(
                 f"--max_rank: moe.bank {model.moe_config.bank!r} has no ranks to cut; leave it out"
             )
-        pairs, errors = truncate(pairs, options.max_rank)
+        pairs, errors = truncate(pairs, max_rank)
     errors = {name: error for name, error in errors.items() if error}
     if form.by_task:
         form.write(number, pairs, folder)
@@ -138,17 +141,14 @@ def _export(
     losses = None
     if means is not None:
         losses = means.losses.of(number), means.losses.of(number, merge(model, number, pairs))
-    exported = Exported(
+    return Exported(
         task=model.tasks.names[number],
-        folder=target,
+        folder=folder,
         rank=0 if pairs is None else max(len(pair.A_RK) for pair in pairs.values()),
         errors=errors,
-        difference=difference(form, number, folder, inexact) if options.check else None,
+        difference=difference(form, number, folder, inexact) if check else None,
         losses=losses,
     )
-    if form.by_task:
-        write_card(form, folder, options.kind, exported)
-    return exported
 
 
 def _save_base(trained: TrainedRun, folder: Path, target: Path) -> Path | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from taskmoe.train.export import Exported, Options, export_run
+from taskmoe.train.export import Exported, export_run
 from taskmoe.train.output import page, print_json, print_table
 from taskmoe.train.run_eval import stdout_is_stderr
 
 COLUMNS = ["task", "folder", "rank", "largest error", "logits differ by", "loss"]
 
 
-def export(run: str, task: str, out: str, options: Options, as_json: bool) -> int:
+def export(run: str, task: str, out: str, kind: str, as_json: bool, **settings: Any) -> int:
     """Export, then print a line a task, or one JSON object.
 
     Returns:
@@ -21,7 +21,7 @@ def export(run: str, task: str, out: str, options: Options, as_json: bool) -> in
         ExportError and the others of :func:`taskmoe.train.export.export_run`.
     """
     with stdout_is_stderr():
-        found = export_run(run, task, out, options)
+        found = export_run(run, task, out, kind, **settings)
     if as_json:
         print_json({"run": run, "out": out, "tasks": {e.task: _numbers(e) for e in found}})
         return 0

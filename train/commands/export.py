@@ -53,8 +53,16 @@ def run(tokens: list[str]) -> int:
         raise UsageError(f"--format: {kind!r} is not one of {', '.join(FORMATS)}; the nearest is {near!r}")
     if rank is not None and not (rank.isdigit() and int(rank)):
         raise UsageError(f"--max_rank: {rank!r} is not a whole number, at least 1")
-    from taskmoe.train.export import Options
     from taskmoe.train.export_view import export
 
-    most = None if rank is None else int(rank)
-    return export(path, task, out, Options(kind or FORMATS[0], most, average, force, not no_check), as_json)
+    return export(
+        path,
+        task,
+        out,
+        kind or FORMATS[0],
+        as_json,
+        max_rank=None if rank is None else int(rank),
+        average=average,
+        force=force,
+        check=not no_check,
+    )
