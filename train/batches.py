@@ -114,7 +114,8 @@ def build_batches(
     shares = []
     for i, phase in enumerate(phases):
         try:
-            shares.append(rates(phase.mixing, sizes, names, phase.steps * rows_per_step(config, ranks)))
+            steps = max(1, phase.steps)  # a run may have none, and draws nothing then
+            shares.append(rates(phase.mixing, sizes, names, steps * rows_per_step(config, ranks)))
         except ConfigError as error:
             where = f"phases.{i}." if config.phases[i].mixing is not None else ""
             raise ConfigError(f"{where}{error}") from error

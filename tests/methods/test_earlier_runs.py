@@ -39,6 +39,17 @@ def test_arrow_is_a_run_of_no_steps_that_eval_scores(ready, tmp_path):
     assert scored["macro"] == found["macro"]
 
 
+def test_steps_can_follow_a_run_that_had_none(ready, tmp_path):
+    """With the mixture that depends on the number of steps, too."""
+    given = ("--mixing.strategy=unimax", "--max_steps=0")
+    assert train(ready("task_softmax", *given)) == 0
+    first = load_file(tmp_path / "task_softmax" / "checkpoint-0" / "adapter_model.safetensors")
+    assert train(replace(ready("task_softmax"), max_steps=2, resume_from_checkpoint="true")) == 0
+    then = load_file(tmp_path / "task_softmax" / "checkpoint-2" / "adapter_model.safetensors")
+    assert all(not t.any() for n, t in first.items() if n.endswith("B_ErN"))
+    assert all(t.any() for n, t in then.items() if n.endswith("B_ErN"))
+
+
 def test_steps_of_what_cannot_train_are_refused(ready):
     config = replace(ready("arrow"), max_steps=2, phases=(PhaseConfig(train=("experts",)),))
     with pytest.raises(ConfigError, match=r"phases.train: nothing trains in this phase"):
