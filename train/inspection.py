@@ -32,6 +32,7 @@ CONFLICT_NUMBERS = ("conflict_frac", "cosine", "same_task_cosine", "update_chang
 AGAINST = ("adjusted_rand_index", "adjusted_mutual_information", "p_value", "num_groups", "num_tasks")
 ARMS = ("experts", "disabled", "uniform")
 TOP = 3  # experts of a task, tasks of an expert
+CLEAR = 0.25  # a smaller silhouette shows no clusters worth the name (Kaufman and Rousseeuw 1990)
 MOST_CLUSTERS, PAIRS = 12, 10
 
 
@@ -201,7 +202,7 @@ def _nearest(similarity_TT: Tensor, t: int, facts: Facts) -> dict[str, Any] | No
 
 
 def _clusters(facts: Facts, similarity_TT: Tensor, overall: Mapping[str, float]) -> dict[str, Any]:
-    """As many clusters of tasks as the routing suggests (best silhouette); one where tasks are routed alike.
+    """As many clusters of tasks as the routing suggests (best silhouette); one where it shows none.
 
     ``labels`` has None for tasks that have not been seen.
     """
@@ -212,7 +213,8 @@ def _clusters(facts: Facts, similarity_TT: Tensor, overall: Mapping[str, float])
         tree = routing.cluster(similarity_TT)
         order, labels = tree.order, tree.labels(1)
         if overall.get("routing/between_tasks", 0.0) >= ALIKE:
-            labels, score = _best_cut(tree, similarity_TT)
+            cut, score = _best_cut(tree, similarity_TT)
+            labels = labels if score is not None and score < CLEAR else cut
         against = routing.against_groups(similarity_TT, [task.group for task in facts.tasks])
     members = [[names[t] for t in order if labels[t] == c] for c in range(max(labels) + 1)]
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from taskmoe.train.inspection import NUMBERS, describe, narrowed
+from taskmoe.train.inspection import CLEAR, NUMBERS, describe, narrowed
 from taskmoe.train.output import page, print_json, print_table
 from taskmoe.train.track.facts import gather
 
@@ -66,8 +66,10 @@ def _summary(found: Mapping[str, Any]) -> str:
     chosen = [f"{key} {found['method'][key]}" for key in ("bank", "router", "gate") if found["method"][key]]
     scores = [f"{arm} {value:.4f}" for arm, value in found["scores"].items() if value is not None]
     loss = [] if found["loss"] is None else [f"training loss {found['loss']:.4f}"]
+    share = found["conflicts"]["conflict_frac"]
+    fights = [] if share is None else [f"{100 * share:.0f} % of pairs of tasks conflict"]
     size = f"{len(found['tasks'])} tasks, {len(found['groups'])} routing groups"
-    return "; ".join([*chosen, size, *loss, *(["score: " + ", ".join(scores)] if scores else [])])
+    return "; ".join([*chosen, size, *loss, *fights, *(["score: " + ", ".join(scores)] if scores else [])])
 
 
 def _groups(found: Mapping[str, Any]) -> Sheet:
@@ -161,15 +163,18 @@ def _clusters(found: Mapping[str, Any]) -> Sheet:
     for c, names in enumerate(clusters["members"]):
         more = f" and {len(names) - MOST_TASKS} more" if len(names) > MOST_TASKS else ""
         lines.append([c, ", ".join(names[:MOST_TASKS]) + more])
-    score = "" if clusters["silhouette"] is None else f" (silhouette {clusters['silhouette']:.2f})"
-    return f"clusters of tasks by their routing{score}", ["cluster", "tasks"], lines, 2
+    title, score = "clusters of tasks by their routing", clusters["silhouette"]
+    if score is not None:
+        title += (
+            f" (silhouette {score:.2f})" if score >= CLEAR else f": no clear ones (silhouette {score:.2f})"
+        )
+    return title, ["cluster", "tasks"], lines, 2
 
 
 def _conflicts(found: Mapping[str, Any]) -> Sheet:
-    pairs, share = found["conflicts"]["pairs"][:MOST_PAIRS], found["conflicts"]["conflict_frac"]
-    title = "tasks that disagree most" + ("" if share is None else f" ({100 * share:.0f} % of pairs do)")
+    pairs = found["conflicts"]["pairs"][:MOST_PAIRS]
     lines = [[" + ".join(p["tasks"]), " + ".join(p["others"]), _number(p["cosine"])] for p in pairs]
-    return title, ["tasks", "others", "cosine of gradients"], lines, 2
+    return "tasks that disagree most", ["tasks", "others", "cosine of gradients"], lines, 2
 
 
 def _number(value: float | None) -> str | None:

@@ -67,6 +67,14 @@ def test_tasks_that_are_routed_alike_are_one_cluster(make_run: Callable[..., Pat
     assert found["clusters"]["number"] == 1 and found["clusters"]["silhouette"] is None
 
 
+def test_noise_is_no_clusters(make_run: Callable[..., Path]) -> None:
+    noise = torch.rand(12, 20, 1, 8, generator=torch.Generator().manual_seed(0)) ** 2
+    gates = {f"layer.{i}": gates for i, gates in enumerate(noise)}
+    found = describe(gather(make_run("run", gates, groups=[None] * 20)))
+    assert found["routing"]["between_tasks"] > 0.05 and found["clusters"]["number"] == 1
+    assert 0 < found["clusters"]["silhouette"] < 0.25
+
+
 def test_two_tasks_that_differ_are_two_clusters(make_run: Callable[..., Path]) -> None:
     gates = {"all": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])}
     found = describe(gather(make_run("run", gates, groups=(None, None))))
@@ -209,7 +217,7 @@ def test_the_page_begins_with_what_it_means(
     lines = page(capsys, monkeypatch, str(run)).splitlines()
     assert lines[0].endswith("run (run, step 20)")
     summary = "router task_table; gate softmax; 4 tasks, 2 routing groups; training loss 1.0000"
-    assert lines[1] == f"{summary}; score: experts 0.5000"
+    assert lines[1] == f"{summary}; 50 % of pairs of tasks conflict; score: experts 0.5000"
     assert lines[2].startswith("- Routing is not uniform")
     text = "\n".join(lines)
     for heading in ("routing groups", "experts", "tasks", "clusters of tasks", "tasks that disagree most"):
