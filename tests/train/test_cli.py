@@ -174,7 +174,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
             "--max_lenght: unknown key; the nearest is data.max_length",
         ),
         (["train", "cfg.yaml", "--seed"], "--seed: a value is missing"),
-        (["train", "cfg.yaml", "--seed", "x"], "--seed: seed: expected a whole number, found 'x'"),
+        (["train", "cfg.yaml", "--seed", "x"], "--seed: expected a whole number, found 'x'"),
         (["train", "cfg.yaml", "--cap", "3"], "--cap: mixing.cap: has no effect"),
         (["train", "cfg.yaml", "--num_ranks", "two"], "--num_ranks: 'two' is not a number of processes"),
         (["train", "cfg.yaml", "--num_ranks"], "--num_ranks: a value is missing"),
