@@ -228,7 +228,7 @@ def test_user_errors_are_one_line(config: Config, message: str) -> None:
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     config = make(None, model_name_or_path=str(tmp_path))
-    with pytest.raises(ConfigError, match="not a model folder"):
+    with pytest.raises(ConfigError, match=r"neither a model folder .* nor a run's"):
         build_tokenizer(config)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no tokenizer in"):
