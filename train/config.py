@@ -159,11 +159,16 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """wandb and the log."""
+    """wandb, the log and the report."""
 
     wandb_project: str = "taskmoe"
     wandb_entity: str | None = None
-    per_task_keys: int = 64  # at most so many tasks get curves of their own
+    per_task_keys: int = 64  # at most so many tasks get curves of their own in wandb
+    detail: str = "brief"  # brief | detailed: with curves for each routing group in wandb
+    max_keys: int = 1000  # at most so many curves in wandb
+    media_steps: int | None = None  # tables and images every so many steps; null: with each evaluation
+    log_artifacts: bool = False  # a wandb artifact for each checkpoint
+    report: bool = True  # write report.html at the end
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ CHOICES: dict[str, Collection[str]] = {
     "eval_split": ("train", "validation", "test"),
     "metric_for_best_model": ("score", "loss"),
     "report_to": ("wandb", "none"),
+    "track.detail": ("brief", "detailed"),
 }
 
 # Key -> (lowest, highest, what is asked for). A bound that is excluded is written in the last column.
@@ -78,7 +79,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
             *(f"evaluation.{k}" for k in ("max_rows", "max_new_tokens", "num_beams")),
             *("per_device_train_batch_size", "per_device_eval_batch_size"),
             *("gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
-            "early_stopping_patience",
+            *("early_stopping_patience", "track.media_steps", "track.max_keys"),
             *(f"surgery.{k}" for k in ("refresh_every", "max_tasks", "matrix_steps")),
             "balancing.validation_rows",
         ),

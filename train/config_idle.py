@@ -137,8 +137,8 @@ def unshared_scopes(config: Config) -> dict[str, str]:
 
 
 def _following(config: Config) -> Iterator[Rule]:
-    for key in ("track.wandb_project", "track.wandb_entity"):
-        yield key, "wandb" not in config.report_to, "report_to does not name wandb"
+    for key in ("wandb_project", "wandb_entity", "per_task_keys", "detail", "max_keys", "log_artifacts"):
+        yield f"track.{key}", "wandb" not in config.report_to, "report_to does not name wandb"
     yield "early_stopping_patience", config.eval_steps is None, "eval_steps is not set"
 
 
