@@ -73,7 +73,7 @@ function layers() {
   const traces = [];
   const rows = Math.ceil(shown.length / 2);
   const layout = { showlegend: false, margin: { l: 80, r: 20, t: 20, b: 70 },
-    grid: { rows, columns: 2, pattern: "independent", ygap: 0.3, xgap: 0.16 } };
+    grid: { rows, columns: 2, pattern: "independent", ygap: 0.14, xgap: 0.16 } };
   const most = Math.max(...groups.map((group) => group.of_heads.length));
   shown.forEach((key, i) => {
     const n = i ? i + 1 : "";
@@ -87,13 +87,13 @@ function layers() {
     }
     const whole = groups.map((group) => group.numbers[key]);
     traces.push(line(most ? "all heads" : "", whole, { line: { color: INKS[0] }, marker: { size: 6 } }));
-    layout[`xaxis${n}`] = { type: "category", nticks: 26, automargin: true,
-      tickangle: groups.length > 6 ? -45 : 0 };
+    layout[`xaxis${n}`] = { type: "category", nticks: 26, automargin: true, matches: i ? "x" : undefined,
+      tickangle: groups.length > 6 ? -45 : 0, showticklabels: i >= shown.length - 2 };
     const unit = NUMBERS[key].endsWith("(0–1)");
     layout[`yaxis${n}`] = { title: { text: NUMBERS[key] }, rangemode: "tozero", automargin: true,
       ...(unit ? { range: [0, 1.03] } : {}) };
   });
-  return { traces, layout: base(230 * rows + 60, layout) };
+  return { traces, layout: base(170 * rows + 130, layout) };
 }
 
 // Lines over steps, in panels one above the other: [[title, {key: name}, settings of the axis], ...].
@@ -101,7 +101,8 @@ function overSteps(series, panels) {
   const drawn = panels.filter(([, keys]) => Object.keys(keys).some((key) => series[key]));
   const traces = [];
   const layout = { grid: { rows: drawn.length, columns: 1, pattern: "coupled", ygap: 0.12 },
-    xaxis: { title: { text: "optimiser step" } }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" } };
+    xaxis: { title: { text: "optimiser step" }, zeroline: false },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom" } };
   drawn.forEach(([title, keys, axis], i) => {
     const n = i ? i + 1 : "";
     Object.entries(keys).filter(([key]) => series[key]).forEach(([key, name]) => {
@@ -127,7 +128,7 @@ function history() {
 
 function conflictHistory() {
   return overSteps(data.histories.conflict, [
-    ["share of pairs (0–1)", { "grad/conflict_frac": "pairs that oppose each other",
+    ["share (0–1)", { "grad/conflict_frac": "pairs that oppose each other",
       "grad/update_change": "what surgery changes of the update" }, { rangemode: "tozero" }],
     ["mean cosine (−1–1)", { "grad/cosine": "cosine of two tasks",
       "grad/same_task_cosine": "cosine of two halves of one task" }, {}],
@@ -211,7 +212,7 @@ function curves(state) {
   }
   const yaxis = { title: { text: `${title} (${unit})` }, automargin: true,
     ...(state.family === "metric" ? { range: [-0.02, 1.02] } : {}) };
-  const xaxis = { title: { text: "optimiser step" } };
+  const xaxis = { title: { text: "optimiser step" }, zeroline: false };
   return { traces, layout: base(460, { xaxis, yaxis, showlegend: true }) };
 }
 

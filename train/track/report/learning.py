@@ -39,7 +39,7 @@ FAMILIES = {
     "eval_loss": Family(
         "evaluation: loss", "nats a target token", "eval/{slug}/loss", "eval/macro/loss"
     ),
-    "weight": Family("effective weight", "share of the update", "weight/{slug}", None),
+    "weight": Family("effective weight", "rate × loss weight × surgery's", "weight/{slug}", None),
     "epochs": Family("epochs seen", "times its rows were seen", "train/epochs/{slug}", None),
 }  # fmt: skip
 
