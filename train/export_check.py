@@ -54,4 +54,5 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     if found.dim() == 3:
         found = found[:, -expected.shape[1] :]
     found, expected = found[..., :outputs], expected[..., :outputs]
-    return float((found - expected).abs().max() / expected.abs().max())
+    apart = (found - expected).masked_fill(found == expected, 0.0)  # -inf stands beyond a task's labels
+    return float(apart.abs().max() / expected[expected.isfinite()].abs().max())

@@ -45,13 +45,11 @@ class Format(ABC):
         """The written model of a task, by the way its users take: called like the base, in float32."""
 
     def load(self, where: str | Path, task: int) -> nn.Module:
-        """A plain model of the run's class, with as many labels as the task has."""
+        """A plain model of the run's class."""
         settings: dict[str, Any] = {"dtype": torch.float32}
         if self.trained.config.attn_implementation is not None:
             settings["attn_implementation"] = self.trained.config.attn_implementation
-        if self.counts_labels:
-            settings["num_labels"] = self.labels(task)
-        model: nn.Module = type(self.inner).from_pretrained(where, **settings)
+        model: nn.Module = type(self.inner).from_pretrained(where, **settings, **self.arguments(task))
         return model.eval()
 
     def load_base(self, task: int) -> nn.Module:
@@ -67,13 +65,17 @@ class Format(ABC):
             return TextEncoder(model, own.pooling, own.normalise, own.scale)
         return model
 
-    @property
-    def counts_labels(self) -> bool:
-        """Whether the plain model has a head of its own, which must be of the right size."""
-        return self.trained.config.task_type == "SEQ_CLS" and self.trained.config.pooling == "model"
+    def arguments(self, task: int) -> dict[str, Any]:
+        """What ``from_pretrained`` must be told: the size of a head; that the run's model has no pooler."""
+        found: dict[str, Any] = {}
+        if self.trained.config.task_type == "SEQ_CLS" and self.trained.config.pooling == "model":
+            found["num_labels"] = self.outputs(task)
+        if getattr(self.inner, "pooler", self) is None:
+            found["add_pooling_layer"] = False
+        return found
 
-    def labels(self, task: int) -> int:
-        """How many outputs that head has."""
+    def outputs(self, task: int) -> int:
+        """How many outputs a head has."""
         return len(self.trained.model.tasks[task].labels or ())
 
 
@@ -136,7 +138,7 @@ class Mixture(Format):
             base = TextEncoder(base, own.pooling, own.normalise, own.scale)
         return OfTask(TaskMoEModel.from_pretrained(base, folder).eval(), task)
 
-    def labels(self, task: int) -> int:
+    def outputs(self, task: int) -> int:
         return max(len(t.labels or ()) for t in self.trained.model.tasks)
 
 

@@ -41,19 +41,20 @@ LOAD = {
 from peft import PeftModel
 from transformers import {model}
 
-base = {model}.from_pretrained("{base}"{labels})
+base = {model}.from_pretrained("{base}"{given})
 model = PeftModel.from_pretrained(base, "FOLDER")  # FOLDER: where this file lies
 """,
     "merged": """\
 from transformers import {model}
 
-model = {model}.from_pretrained("FOLDER")  # FOLDER: where this file lies
+model = {model}.from_pretrained("FOLDER"{given})  # FOLDER: where this file lies
 """,
     "taskmoe": """\
-from taskmoe.moe import TaskMoEModel
+from taskmoe.moe import TaskMoEModel, TaskTable, attach_heads
+from taskmoe.moe.text_encoder import TextEncoder
 from transformers import {model}
 
-base = {model}.from_pretrained("{base}"{labels}){heads}
+base = {model}.from_pretrained("{base}"{given}){around}
 model = TaskMoEModel.from_pretrained(base, "FOLDER")  # FOLDER: where this file lies
 model(**inputs, task_ids=["{task}"])
 """,
@@ -143,19 +144,13 @@ def _loading(form: Format, folder: Path, kind: str, exported: Exported | None) -
         if form.base is None
         else f"FOLDER/{os.path.relpath(form.base, folder)}"
     )
-    heads = trained.config.task_type == "SEQ_CLS"
-    attach = (
-        f'\nbase = attach_heads(base, TaskTable.load("FOLDER/task_map.json"), "{trained.config.pooling}")'
-    )
     code = LOAD[kind].format(
         model=type(form.inner).__name__,
         base=base,
-        labels=f", num_labels={form.labels(number)}" if form.counts_labels else "",
-        heads=attach if heads else "",
+        given="".join(f", {name}={value}" for name, value in form.arguments(number).items()),
+        around=_around(trained),
         task=trained.model.tasks.names[0],
     )
-    if heads:
-        code = code.replace("import TaskMoEModel", "import TaskMoEModel, TaskTable, attach_heads")
     lines = [f"## Loading\n\n```python\n{code}```"]
     if form.base is not None:
         lines.append("The base was trained too, or built from settings: it comes along.")
@@ -169,6 +164,18 @@ def _loading(form: Format, folder: Path, kind: str, exported: Exported | None) -
         normed = ", brought to length one" if own.normalise else ""
         lines.append(f"The vector of a text is {pooled} of the last hidden state{normed}.")
     return "\n\n".join(lines)
+
+
+def _around(trained: TrainedRun) -> str:
+    """The line that puts around a base what the run has around it."""
+    own = trained.model.base_model
+    if isinstance(own, TextEncoder):
+        return f"\nbase = TextEncoder(base, {own.pooling!r}, {own.normalise}, {own.scale})"
+    if trained.config.task_type == "SEQ_CLS":
+        return (
+            f'\nbase = attach_heads(base, TaskTable.load("FOLDER/task_map.json"), "{trained.config.pooling}")'
+        )
+    return ""
 
 
 def _scores(trained: TrainedRun, exported: Exported | None) -> str:
