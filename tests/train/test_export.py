@@ -280,3 +280,20 @@ def test_what_has_no_ranks_or_is_no_run(run_of, tmp_path) -> None:
         load_run(run_of("generator").parent / "generato")
     with pytest.raises(ValueError, match=r"not a run folder \(it has no config.yaml\)"):
         load_run(tmp_path)
+
+
+def test_the_document_is_run(run_of, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("peft")
+    document = (Path(__file__).parents[2] / "docs" / "EXPORT.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"```bash\n(.*?)```", document, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(run_of("generator"))
+    for line in commands.splitlines():
+        assert main(line.split()[1:]) == 0, line
+    assert {p.name for p in tmp_path.iterdir()} == {"runs", "loras", "small", "merged", "mixture"}
+    names: dict[str, Any] = {}
+    exec(compile(code, "EXPORT.md", "exec"), names)
+    assert (tmp_path / "lora" / "adapter_config.json").is_file() and any(names["errors"].values())
+    assert type(names["plain"]).__name__ == "LlamaForCausalLM"
