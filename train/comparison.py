@@ -21,6 +21,7 @@ from taskmoe.train.track.facts import RESULTS, FactsError, check_folder, read_re
 CONFIDENCE = 0.95
 # A baseline nearer to zero makes a relative gain of any size: its task does not count in the mean of them.
 SMALLEST_BASELINE = 0.01
+EQUAL = 1e-9  # scores are means of rows and seeds, in floating point
 # Keys that say where a run lies and who watches it: runs may differ in them and be the same experiment.
 ASIDE = ("seed", "output_dir", "overwrite_output_dir", "run_name", "resume_from_checkpoint", "report_to",
          "track", "save_steps", "save_total_limit", "logging_steps")  # fmt: skip
@@ -60,11 +61,19 @@ def compare_runs(runs: Sequence[str]) -> dict[str, Any]:
         FactsError: not a run folder, one given twice, a run without results, or no task that all runs have.
         ConfigError: settings that cannot be read.
     """
-    arms = _arms(runs)
+    return compare_arms(_arms(runs))
+
+
+def compare_arms(arms: Sequence[Arm]) -> dict[str, Any]:
+    """The object; the first arm is the baseline.
+
+    Raises:
+        FactsError: no task that all arms have.
+    """
     tasks, remarks = _shared_tasks(arms)
     base = arms[0]
     remarks += _other_rows(arms)
-    found = [_arm(arm, base, tasks, remarks) for arm in arms]
+    found = [beside(arm, base, tasks, remarks) for arm in arms]
     rows = []
     for t, task in enumerate(tasks):
         cells = [{"mean": arm["means"][t], "values": arm["values"][t], **arm["gains"][t]} for arm in found]
@@ -161,8 +170,13 @@ def _other_rows(arms: Sequence[Arm]) -> list[str]:
     return [f"{key} differs between the arms: their scores may be of other rows" for key in found]
 
 
-def _arm(arm: Arm, base: Arm, tasks: Sequence[str], remarks: list[str]) -> dict[str, Any]:
-    """An arm beside the baseline: over the seeds that both have, where there are two or more."""
+def beside(arm: Arm, base: Arm, tasks: Sequence[str], remarks: list[str]) -> dict[str, Any]:
+    """An arm beside the baseline: over the seeds that both have, where there are two or more.
+
+    Returns:
+        What docs/TRACKING.md says of ``arms[]``, and in the order of ``tasks``: ``means``, ``values`` of each
+        seed, ``gains``. ``remarks`` grows by what was left out.
+    """
     means, base_means = arm.means(tasks), base.means(tasks)
     shared = [seed for seed in base.scores if seed in arm.scores]
     paired = len(shared) > 1 and arm is not base
@@ -189,14 +203,16 @@ def _arm(arm: Arm, base: Arm, tasks: Sequence[str], remarks: list[str]) -> dict[
         )
     # Divided by the mean over seeds: the gain of the means is then the mean of the gains.
     relative_ST = moved_ST[:, counts] / level_T[counts]
-    gain = _interval(relative_ST.mean(1)) if counts.any() else dict.fromkeys(("value", "low", "high"))
+    gain: dict[str, Any] = dict.fromkeys(("value", "low", "high", "median"))
+    if counts.any():
+        gain = {**interval(relative_ST.mean(1)), "median": float(np.median(relative_ST.mean(0)))}
     values = [fmean(scores[task] for task in tasks) for scores in arm.scores.values()]
     nothing = dict.fromkeys(("difference", "low", "high", "relative"))
     gains: list[dict[str, Any]] = [dict(nothing) for _ in tasks]
     for t in range(len(tasks) if arm is not base else 0):
-        interval = _interval(moved_ST[:, t])
+        span = interval(moved_ST[:, t])
         share = float(moved_ST[:, t].mean() / level_T[t]) if counts[t] else None
-        gains[t] = {"difference": interval.pop("value"), **interval, "relative": share}
+        gains[t] = {"difference": span.pop("value"), **span, "relative": share}
     return {
         "name": arm.name,
         "runs": arm.runs,
@@ -204,7 +220,9 @@ def _arm(arm: Arm, base: Arm, tasks: Sequence[str], remarks: list[str]) -> dict[
         "shared_seeds": shared if arm is not base else [],
         "differs": _differences(base.settings, arm.settings),
         "mean": {"value": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": values},
-        "difference": None if arm is base else _interval(moved_ST.mean(1)),
+        "median": float(np.median(means)),
+        "wins": None if arm is base else _wins(moved_ST.mean(0)),
+        "difference": None if arm is base else interval(moved_ST.mean(1)),
         "relative_gain": None if arm is base else {**gain, "tasks": int(counts.sum()), "left_out": left_out},
         "means": means.tolist(),
         "values": [[scores[task] for scores in arm.scores.values()] for task in tasks],
@@ -212,7 +230,15 @@ def _arm(arm: Arm, base: Arm, tasks: Sequence[str], remarks: list[str]) -> dict[
     }
 
 
-def _interval(values_S: np.ndarray) -> dict[str, float | None]:
+def _wins(moved_T: np.ndarray) -> dict[str, int]:
+    """Tasks on which an arm is better, the same and worse."""
+    same_T = np.isclose(moved_T, 0.0, atol=EQUAL)
+    better = int((~same_T & (moved_T > 0)).sum())
+    same = int(same_T.sum())
+    return {"better": better, "same": same, "worse": len(moved_T) - better - same}
+
+
+def interval(values_S: np.ndarray) -> dict[str, float | None]:
     """Mean and Student's interval of paired differences; without one for a single seed."""
     S, mean = len(values_S), float(values_S.mean())
     if S < 2:

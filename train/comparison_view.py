@@ -176,12 +176,15 @@ def sheets(found: Mapping[str, Any]) -> list[Sheet]:
         score = _number(mean["value"]) + ("" if mean["std"] is None else f" ± {_number(mean['std'])}")
         differs = ", ".join(f"{key}: {new}" for key, (_, new) in arm["differs"].items())
         changes = [_change(arm["difference"], _signed), _change(gain, _gain)]
-        rows.append([arm["name"], differs, str(len(arm["runs"])), score, *changes])
+        changes += [_gain(gain["median"]) if gain else "", _wins(arm["wins"])]
+        rows.append([arm["name"], differs, str(len(arm["runs"])), score, _number(arm["median"]), *changes])
     reading = (
-        f"Mean of the tasks' own metrics ± standard deviation over seeds; difference to {base} and average "
-        f"relative gain over tasks {interval}."
+        f"Mean of the tasks' own metrics ± standard deviation over seeds, and their median; difference to "
+        f"{base} and average relative gain over tasks {interval}, and the median of these gains; tasks on "
+        "which the arm is better, the same and worse."
     )
-    columns = ["arm", f"differs from {base} in", "runs", "mean", "difference", "relative gain"]
+    columns = ["arm", f"differs from {base} in", "runs", "mean", "median"]
+    columns += ["difference", "relative gain", "median gain", "better/same/worse"]
     arms = Sheet("arms", reading, 2, columns, rows)
     columns = ["task", "metric", base]
     for arm in others:
@@ -205,6 +208,10 @@ def _change(of: Mapping[str, Any] | None, write: Any) -> str:
         return ""
     ends = "" if of["low"] is None else f" [{write(of['low'])}, {write(of['high'])}]"
     return f"{write(of['value'])}{ends}"
+
+
+def _wins(wins: Mapping[str, int] | None) -> str:
+    return "" if wins is None else "/".join(map(str, wins.values()))
 
 
 def _number(value: float) -> str:

@@ -130,6 +130,17 @@ def test_baselines_near_zero_do_not_count_in_the_gain(arm: Callable[..., str]) -
     assert zero["arms"][1]["relative_gain"]["value"] is None
 
 
+def test_medians_and_wins_stand_beside_the_gain(arm: Callable[..., str]) -> None:
+    base = {"a": 0.001, "b": 0.2, "c": 0.3, "d": 0.5}
+    other = {"a": 0.9, "b": 0.1 + 0.1 + 1e-16, "c": 0.15, "d": 0.55}
+    first, second = compare_runs([arm("table", 0, base), arm("mlp", 0, other)])["arms"]
+    assert first["median"] == pytest.approx(0.25) and second["median"] == pytest.approx(0.375)
+    assert first["wins"] is None and second["wins"] == {"better": 2, "same": 1, "worse": 1}
+    gain = second["relative_gain"]  # of b, c and d: 0, -0.5 and 0.1
+    assert gain["value"] == pytest.approx(-0.4 / 3) and gain["median"] == pytest.approx(0.0, abs=1e-9)
+    assert gain["left_out"] == ["a"]
+
+
 def test_tasks_that_some_run_lacks(arm: Callable[..., str]) -> None:
     runs = [arm("table", 0, {"a": 0.5, "b": 0.5}), arm("mlp", 0, {"b": 0.75, "c": 0.5})]
     found = compare_runs(runs)
@@ -218,7 +229,7 @@ def test_text_markdown_and_html(
     files = ["--markdown", str(tmp_path / "c.md"), "--html", str(tmp_path / "c.html")]
     assert cli.main(["compare", *two_arms, *files]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"mlp .* moe\.router: mlp .* 3 .* -8\.3 % \[.*\]", text)
+    assert re.search(r"mlp .* moe\.router: mlp .* 3 .* -8\.3 % \[.*\] .* -8\.3 % .* 1/0/1 ", text)
     assert re.search(r"a .* 0\.6000 .* 0\.7000 .*\+0\.1000 \[-0\.1484, \+0\.3484\] .*\+16\.7 %", text)
     markdown = (tmp_path / "c.md").read_text()
     row = "| a | exact_match | 0.6000 | 0.7000 | +0.1000 [-0.1484, +0.3484] | +16.7 % |"
@@ -282,6 +293,7 @@ def test_every_field_is_documented(two_arms: list[str]) -> None:
     documented = set(re.findall(r"[`.]([a-z_]+)(?:\[\])?`", text.partition("\n## compare\n")[2]))
     found = compare_runs(two_arms)
     arm, task = found["arms"][1], found["tasks"][0]
-    objects = (found, arm, arm["mean"], arm["difference"], arm["relative_gain"], task, task["arms"][1])
+    parts = (arm["mean"], arm["wins"], arm["difference"], arm["relative_gain"])
+    objects = (found, arm, *parts, task, task["arms"][1])
     names = {name for of in objects for name in of}
     assert names <= documented, names - documented
