@@ -91,8 +91,15 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[n].double() - b[n].double()).abs().max()) for n in a)
 
 
-@pytest.mark.parametrize(("optim", "bound"), [("adamw_torch", 1e-5), ("sgd", 1e-6)])
-def test_ranks_and_zero_stages_reach_the_same_weights(spawn_ranks, tmp_path, optim, bound):
+@pytest.mark.parametrize(
+    ("optim", "bound", "stages"),
+    [
+        ("sgd", 1e-6, range(4)),
+        ("adamw_torch", 1e-5, [2]),  # its state in parts
+        pytest.param("adamw_torch", 1e-5, [0, 1, 3], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_and_zero_stages_reach_the_same_weights(spawn_ranks, tmp_path, optim, bound, stages):
     base = replace(
         BASE,
         optim=optim,
@@ -103,13 +110,13 @@ def test_ranks_and_zero_stages_reach_the_same_weights(spawn_ranks, tmp_path, opt
     assert train(single) == 0
     pair = [
         replace(base, output_dir=str(tmp_path / f"zero{z}"), deepspeed=configs_for(tmp_path, z))
-        for z in range(4)
+        for z in stages
     ]
-    assert spawn_ranks(run_all, configs=pair, timeout_s=240) == [[0] * 4] * 2
+    assert spawn_ranks(run_all, configs=pair, timeout_s=240) == [[0] * len(pair)] * 2
     expected = weights(tmp_path / "one")
     start = weights(tmp_path / "one", 10)
     assert largest_difference(expected, start) > 100 * bound  # they did move
-    for stage in range(4):
+    for stage in stages:
         assert largest_difference(weights(tmp_path / f"zero{stage}"), expected) <= bound, f"ZeRO {stage}"
 
 
