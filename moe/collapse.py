@@ -51,8 +51,7 @@ def collapse(
     """
     number = model.tasks.id(task) if isinstance(task, str) else task
     config = model.moe_config
-    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, MoELinear)}
-    beside = {id(m) for linear in linears.values() for m in linear.modules()}
+    linears, others = expert_linears(model)
     by_token = {n for n, linear in linears.items() if linear.token_routing is not None}
     if by_token and token_gates is None:
         raise CollapseError(
@@ -60,7 +59,6 @@ def collapse(
             "task uses; keep the mixture (save_pretrained), take the mean gates of the task's tokens "
             "(taskmoe export --average), or train with a router by task"
         )
-    others = any(isinstance(m, Bank) and id(m) not in beside for m in model.modules())
     if not linears or others or not all(hasattr(m.bank, "of_task") for m in linears.values()):
         raise CollapseError(
             f"moe.bank: {config.bank!r} is no product of two factors that the task alone decides, so that no "
@@ -79,6 +77,13 @@ def collapse(
         A_RK, B_RN = linear.bank.of_task(gates[group].to(model.device), number)
         pairs[name] = Pair(A_RK.float().contiguous(), B_RN.float().contiguous())
     return pairs
+
+
+def expert_linears(model: TaskMoEModel) -> tuple[dict[str, MoELinear], bool]:
+    """{name in the base model: a linear with experts}, and whether there are experts elsewhere too."""
+    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, MoELinear)}
+    beside = {id(m) for linear in linears.values() for m in linear.modules()}
+    return linears, any(isinstance(m, Bank) and id(m) not in beside for m in model.modules())
 
 
 @torch.no_grad()

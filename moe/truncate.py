@@ -35,19 +35,47 @@ def truncate(pairs: Mapping[str, Pair], max_rank: int) -> tuple[dict[str, Pair],
     return kept, errors
 
 
-@torch.no_grad()
+def shortest(whole: Pair | Tensor, max_rank: int | None = None) -> tuple[Pair, float]:
+    """The pair of the lowest rank whose product is ``whole``, or the nearest to it of rank ``max_rank``.
+
+    Args:
+        whole: a pair, which stays as it is where it is no longer than it must be; or a delta [N, K].
+
+    Returns:
+        The pair, of rank 0 where ``whole`` is zero, and what :func:`truncate` says of its error.
+    """
+    U_NR, s_R, V_RK = _decomposed(whole)
+    dtype = whole.dtype if isinstance(whole, Tensor) else whole.A_RK.dtype
+    # Of a pair what is below is the rounding of this decomposition; of a delta that of its own entries.
+    noise = 8 * torch.finfo(dtype).eps if isinstance(whole, Tensor) else 1e-10
+    rank = int((s_R > noise * s_R[:1]).sum())
+    if isinstance(whole, Pair) and rank == len(whole.A_RK) and (max_rank is None or rank <= max_rank):
+        return whole, 0.0
+    return _halved(U_NR, s_R[:rank], V_RK, rank if max_rank is None else min(rank, max_rank), dtype)
+
+
 def _nearest(pair: Pair, rank: int) -> tuple[Pair, float]:
-    A_RK, B_RN = (factor.double() for factor in pair)
+    return _halved(*_decomposed(pair), rank, pair.A_RK.dtype)
+
+
+@torch.no_grad()
+def _decomposed(whole: Pair | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [N, R], s [R], V [R, K] float64: the singular value decomposition of the product, or of the delta."""
+    if isinstance(whole, Tensor):
+        U_NR, s_R, V_RK = torch.linalg.svd(whole.double(), full_matrices=False)
+        return U_NR, s_R, V_RK
+    A_RK, B_RN = (factor.double() for factor in whole)
     right_KR, a_RR = torch.linalg.qr(A_RK.T)
     left_NR, b_RR = torch.linalg.qr(B_RN.T)
-    U_RR, s_R, V_RR = torch.linalg.svd(b_RR @ a_RR.T)
+    U_RR, s_R, V_RR = torch.linalg.svd(b_RR @ a_RR.T, full_matrices=False)
+    return left_NR @ U_RR, s_R, V_RR @ right_KR.T
+
+
+@torch.no_grad()
+def _halved(U_NR: Tensor, s_R: Tensor, V_RK: Tensor, rank: int, dtype: torch.dtype) -> tuple[Pair, float]:
+    """The ``rank`` largest directions, each singular value shared by both factors, and what is lost."""
     root_Q1 = s_R[:rank, None].sqrt()
-    A_QK = root_Q1 * (V_RR[:rank] @ right_KR.T)
-    B_QN = root_Q1 * (left_NR @ U_RR[:, :rank]).T
+    A_QK, B_QN = root_Q1 * V_RK[:rank], root_Q1 * U_NR[:, :rank].T
     whole = float(s_R.norm())
     lost = float(s_R[rank:].norm()) / whole if whole else 0.0
-    return Pair(_plain(A_QK, pair.A_RK), _plain(B_QN, pair.B_RN)), lost
-
-
-def _plain(factor: Tensor, like: Tensor) -> Tensor:
-    return factor.to(like.dtype).contiguous()
+    return Pair(A_QK.to(dtype).contiguous(), B_QN.to(dtype).contiguous()), lost

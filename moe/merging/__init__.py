@@ -1,0 +1,1 @@
+"""Several LoRAs as one, after training. One way a file; ``kinds.py`` names them."""
