@@ -21,6 +21,7 @@ from taskmoe.train.mixing import excess, rates
 from taskmoe.train.schedule import Phase
 from taskmoe.train.step_surgery import surgery_line
 from taskmoe.train.summary import phase_lines
+from taskmoe.train.track.facts import FIRST
 from taskmoe.train.track.media import Media
 from taskmoe.train.track.routing import metrics as routing_metrics
 from taskmoe.train.track.tracker import Tracker
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from taskmoe.train.batches import StepBatches
     from taskmoe.train.step_balancing import StepBalancing
 
-START = Path("routing") / "step-0.safetensors"  # in the run folder: what the routing was before it learned
-
 
 class Following:
     """Measurements of one run, and everybody who is told.
@@ -38,7 +37,6 @@ class Following:
     Args:
         meter: counts of the run.
         state: ``tracker`` of the checkpoint that the run goes on from, or None.
-        total: optimiser steps of the run.
     """
 
     def __init__(
@@ -53,8 +51,8 @@ class Following:
         self.config, self.folder, self.ranks, self.tasks, self.meter = config, folder, ranks, tasks, meter
         self.tracker = Tracker(config, folder, ranks, tasks, state)
         self._first: Snapshot | None = None
-        if ranks.is_main and state is not None and (folder / START).exists():
-            self._first = Snapshot.load(folder / START)
+        if ranks.is_main and state is not None and (folder / FIRST).exists():
+            self._first = Snapshot.load(folder / FIRST)
         self._conflict: tuple[list[list[str]], list[list[float]]] | None = None
         self._logged_at = time.monotonic()
         self._spent = 0.0  # seconds since the last line ...
@@ -112,8 +110,8 @@ class Following:
 
     def _begin(self, snapshot: Snapshot) -> None:
         self._first = snapshot
-        (self.folder / START).parent.mkdir(exist_ok=True)
-        snapshot.save(self.folder / START)
+        (self.folder / FIRST).parent.mkdir(exist_ok=True)
+        snapshot.save(self.folder / FIRST)
 
     # -- steps -----------------------------------------------------------------------------------------------
 

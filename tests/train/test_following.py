@@ -19,8 +19,8 @@ from taskmoe.train.config import (
     TokenizerConfig,
     TrackConfig,
 )
-from taskmoe.train.following import START
 from taskmoe.train.loop import train
+from taskmoe.train.track.facts import FIRST
 from taskmoe.train.track.log import read_log
 from taskmoe.train.track.routing import group_keys, metrics
 
@@ -58,7 +58,7 @@ def test_the_numbers_are_those_of_the_saved_gates(tmp_path, moe):
     run = tmp_path / "run"
     track = replace(BASE.track, media_steps=8)
     assert train(replace(BASE, moe=moe, output_dir=str(run), track=track)) == 0
-    first, last = Snapshot.load(run / START), Snapshot.load(run / "checkpoint-12" / FILE)
+    first, last = Snapshot.load(run / FIRST), Snapshot.load(run / "checkpoint-12" / FILE)
     assert last.level == ("task" if moe is TASK else "token") and not any(
         g.isnan().any() for g in last.gates.values()
     )

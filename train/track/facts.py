@@ -24,7 +24,8 @@ from taskmoe.train.track.log import read_log
 from taskmoe.train.track.tracker import LOG_NAME
 from taskmoe.train.track.wandb_log import without_secrets
 
-RESULTS, FIRST = "eval_results.json", "routing/step-0.safetensors"
+RESULTS = "eval_results.json"
+FIRST = "routing/step-0.safetensors"  # what the routing was before it learned
 HALF_WRITTEN = re.compile(r"checkpoint-\d+\.tmp")
 UNFINITE = ("nan", "inf", "-inf")  # how the log writes numbers that JSON lacks
 

@@ -137,13 +137,14 @@ def _conflict(
 ) -> str:
     known = "Which tasks fight is not known: "
     if conflict is None:
-        return known + "their gradients were not recorded (surgery.method records them)."
+        return known + "their gradients were not recorded (surgery.method and surgery.matrix_steps do)."
     rows, matrix = conflict
     C_RR = np.array(matrix, dtype=float)  # null, or "nan" of the log, is a row without a gradient
     first_P, second_P = np.triu_indices(len(rows), 1)
     cosines_P = C_RR[first_P, second_P]
-    order = [i for i in np.argsort(cosines_P, kind="stable") if not np.isnan(cosines_P[i])]
-    if not order:
+    order = np.argsort(cosines_P, kind="stable")
+    order = order[~np.isnan(cosines_P[order])]
+    if not len(order):
         return known + "no two of them had gradients in the last step recorded."
     names = {task.slug: task.name for task in tasks}
     labels = [" + ".join(names.get(slug, slug) for slug in row) for row in rows]
