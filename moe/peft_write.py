@@ -6,7 +6,7 @@ Legend: R rank, K d_in, N d_out.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,21 @@ TASK_TYPES = {
 }
 
 
+def about(base: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """What an adapter says of its base; names: of the linears that it adds to.
+
+    Args:
+        base: the Hugging Face model, with or without experts in it.
+    """
+    return {
+        "task_type": task_type(base),
+        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        "fan_in_fan_out": any(is_conv1d(base.get_submodule(name)) for name in names),
+    }
+
+
 def write_lora(
-    base: nn.Module,
+    base: nn.Module | Mapping[str, Any],
     pairs: Mapping[str, Pair],
     folder: str | Path,
     *,
@@ -38,7 +51,7 @@ def write_lora(
     """Write pairs as a LoRA of scale 1: ``lora_alpha`` is the rank, of each linear its own.
 
     Args:
-        base: the Hugging Face model that they belong to, with or without experts in it.
+        base: the Hugging Face model that they belong to, or what :func:`about` says of it.
         pairs: {linear of ``base``: A and B}, each of rank 1 or more.
         modules_to_save: what of ``base`` is replaced whole; ``saved``: {parameter of ``base``: its value}.
     """
@@ -47,8 +60,7 @@ def write_lora(
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
     config: dict[str, Any] = {
         "peft_type": "LORA",
-        "task_type": task_type(base),
-        "base_model_name_or_path": getattr(getattr(base, "config", None), "_name_or_path", None) or None,
+        **(about(base, pairs) if isinstance(base, nn.Module) else base),
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,
@@ -57,7 +69,6 @@ def write_lora(
         "target_modules": sorted(pairs),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "fan_in_fan_out": any(is_conv1d(base.get_submodule(name)) for name in pairs),
         "modules_to_save": list(modules_to_save) or None,
     }
     state = {}

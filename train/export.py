@@ -7,9 +7,7 @@ only then put in place.
 from __future__ import annotations
 
 import importlib.util
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,19 +19,15 @@ from taskmoe.moe import collapse
 from taskmoe.moe.collapse import Pair
 from taskmoe.moe.layer import MoELinear
 from taskmoe.moe.merge_weights import merge
-from taskmoe.moe.tasks import slugify
 from taskmoe.moe.truncate import truncate
 from taskmoe.train.export_average import Losses, mean_gates
 from taskmoe.train.export_check import difference
 from taskmoe.train.export_formats import FORMATS, Format
 from taskmoe.train.model_card import write_card
+from taskmoe.train.out_folder import ExportError, in_place, require_free, save_base
 from taskmoe.train.trained_run import TrainedRun, load_run
 
 ALL = "all"
-
-
-class ExportError(ValueError):
-    """What was asked for cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ def export_run(
         ConfigError, CheckpointError, StateError: as :func:`taskmoe.train.trained_run.load_run`.
     """
     target, cls = Path(out), FORMATS[kind]
-    _require_free(target, force)
+    require_free(target, force)
     if check and cls.needs and importlib.util.find_spec(cls.needs) is None:
         raise ExportError(f"the check needs {cls.needs}: pip install {cls.needs}, or give --no_check")
     if not cls.by_task and (task != ALL or max_rank or average):
@@ -97,8 +91,8 @@ def export_run(
     tasks = trained.model.tasks
     chosen = range(len(tasks)) if task == ALL else [tasks.id(task)]
     means = _Means(trained) if average else None
-    with _in_place(target) as folder:
-        form = cls(trained, _save_base(trained, folder, target) if cls.beside_base else None)
+    with in_place(target) as folder:
+        form = cls(trained, save_base(trained, folder, target) if cls.beside_base else None)
         if not cls.by_task:
             form.write(0, None, folder)
             write_card(form, folder, kind)
@@ -149,49 +143,3 @@ def _export(
         difference=difference(form, number, folder, inexact) if check else None,
         losses=losses,
     )
-
-
-def _save_base(trained: TrainedRun, folder: Path, target: Path) -> Path | None:
-    """Save the base of the run where no hub has it; adapters will name the place that it goes to."""
-    if not trained.has_own_base:
-        return None
-    slug = slugify("base", (t.slug for t in trained.model.tasks))
-    trained.plain_base().save_pretrained(folder / slug)
-    trained.tokenizer.save_pretrained(folder / slug)
-    trained.model.base_model.config._name_or_path = str((target / slug).resolve())  # type: ignore[union-attr]
-    return folder / slug
-
-
-def _require_free(target: Path, force: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise ExportError(f"--out: {target} is a file; give a folder")
-    if not force and target.is_dir() and any(target.iterdir()):
-        raise ExportError(
-            f"--out: {target} is not empty; give another folder, or --force to replace its files"
-        )
-
-
-@contextmanager
-def _in_place(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` whose files take their place there when the block ends without an error."""
-    target = target.absolute()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        target.mkdir(exist_ok=True)
-        for path in partial.iterdir():
-            _remove(target / path.name)
-            path.rename(target / path.name)
-    except OSError as error:
-        raise ExportError(f"--out: {target} cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
