@@ -214,13 +214,15 @@ class TaskMoEModel(nn.Module):
     def gates(self) -> dict[str, Tensor]:
         """{routing group: [T, H, E]} for every task, zeros for experts that a top-k gate leaves out.
 
-        Empty where the layers route tokens themselves.
+        Empty where the layers route tokens themselves. Under :meth:`uniform_gates` 1 / E each.
         """
         if self.routing.router is None:
             return {}
         values_STHk, slots = self.routing(torch.arange(len(self.tasks), device=self.device))
+        shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
+        if self._mode == "uniform":
+            values_STHk, slots = GATES["uniform"](values_STHk.new_zeros(shape))
         if slots is not None:
-            shape = (*values_STHk.shape[:-1], self.moe_config.num_experts)
             values_STHk = values_STHk.new_zeros(shape).scatter(-1, slots, values_STHk)
         return dict(zip(self.routing.groups, values_STHk, strict=True))
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from taskmoe.moe.config import TaskMoEConfig
 from taskmoe.moe.model import TaskMoEModel, task_dims
+from taskmoe.moe.routers.fixed import FixedRouter, experts_of_tasks
+from taskmoe.moe.tasks import TaskTable
 
 OF_TASKS = ("experts", "router", "task_embedding")
 TABLE, VECTORS = "routing.router.logits_STHE", "routing.representation.embedding_TD"
@@ -47,7 +51,8 @@ def start_from(model: TaskMoEModel, seen: Mapping[str, str]) -> list[str]:
     """Give each task in ``seen`` the rows of another: {task: the one that it starts from}.
 
     All that a task owns in experts, routers and vectors, but not its head, whose labels are its own. Vectors
-    that are given (``representation: frozen``) stay as they are. (Gupta et al. 2022, arXiv 2204.07689.)
+    that are given (``representation: frozen``) stay as they are; a map that is given (``router: fixed``)
+    sends the task to the other's expert, in ``moe_config`` too. (Gupta et al. 2022, arXiv 2204.07689.)
 
     Returns:
         The names of the parameters that were written.
@@ -62,4 +67,28 @@ def start_from(model: TaskMoEModel, seen: Mapping[str, str]) -> list[str]:
         rows = parameter.movedim(axes[name], 0)
         for new, old in pairs:
             rows[new] = rows[old]
+    if isinstance(model.routing.router, FixedRouter):
+        route_TE = model.routing.router.route_TE
+        for new, old in pairs:
+            route_TE[new] = route_TE[old]
+        experts = route_TE.argmax(1).tolist()
+        options = {"experts": dict(zip(model.tasks.names, experts, strict=True))}
+        model.moe_config = replace(model.moe_config, router_options=options)
     return list(owned)
+
+
+def has_rows(model: TaskMoEModel) -> bool:
+    """Whether anything but a head belongs to one task alone, so that tasks can start from one another."""
+    axes, groups = task_dims(model), model.parameter_groups()
+    owned = any(n in axes for g in OF_TASKS for n, _ in groups[g])
+    return owned or isinstance(model.routing.router, FixedRouter)
+
+
+def with_new_tasks(config: TaskMoEConfig, known: TaskTable, names: Sequence[str]) -> TaskMoEConfig:
+    """Settings under which a table with ``names`` appended can be attached: a map that is given
+    (``router: fixed``) gets an expert for each, that of the first task until :func:`start_from` says more."""
+    if config.router != "fixed":
+        return config
+    experts = experts_of_tasks(config, known)
+    first = experts[known.names[0]]
+    return replace(config, router_options={"experts": {**experts, **dict.fromkeys(names, first)}})

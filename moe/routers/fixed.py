@@ -55,8 +55,7 @@ class FixedRouter(nn.Module):
 
     def __init__(self, config: TaskMoEConfig, groups: Sequence[str], tasks: TaskTable, dim: int) -> None:
         super().__init__()
-        given = options_of("router", config, FixedRouter).experts
-        chosen = _by_group(tasks) if given is None else _by_pattern(tasks, given)
+        chosen = list(experts_of_tasks(config, tasks).values())
         if max(chosen) >= config.num_experts:
             raise ConfigError(
                 f"moe.num_experts: {config.num_experts}, but the tasks are in {1 + max(chosen)} groups, and "
@@ -71,6 +70,17 @@ class FixedRouter(nn.Module):
         """tasks: [Tb] int64 -> gates [S, Tb, H, E]."""
         route_TE = self.route_TE.index_select(0, tasks)
         return route_TE[None, :, None].expand(self.shape[0], -1, self.shape[1], -1)
+
+
+def experts_of_tasks(config: TaskMoEConfig, tasks: TaskTable) -> dict[str, int]:
+    """{task: its expert} of the settings of router ``fixed``.
+
+    Raises:
+        ConfigError: a task without an expert, or a pattern without a task.
+    """
+    given = options_of("router", config, FixedRouter).experts
+    chosen = _by_group(tasks) if given is None else _by_pattern(tasks, given)
+    return dict(zip(tasks.names, chosen, strict=True))
 
 
 def _by_group(tasks: TaskTable) -> list[int]:
