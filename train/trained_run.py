@@ -39,9 +39,8 @@ class TrainedRun:
 
     @property
     def has_own_base(self) -> bool:
-        """Whether the base was trained, built from settings, or an earlier run's: no hub has it."""
-        earlier = earlier_run(self.config.model_name_or_path) is not None
-        return earlier or (self.checkpoint / BASE_WEIGHTS).is_file()
+        """See :func:`has_own_base`."""
+        return has_own_base(self.config, self.checkpoint)
 
     def plain_base(self) -> PreTrainedModel:
         """The Hugging Face model under the experts as the run left it, without heads: a new one.
@@ -55,8 +54,42 @@ class TrainedRun:
         return plain
 
 
-def load_run(run: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
-    """The newest whole checkpoint of a run, or the checkpoint itself, as a model.
+def has_own_base(config: Config, path: Path) -> bool:
+    """Whether the base of a run, of which ``path`` is a checkpoint, was trained, built from settings, or an
+    earlier run's: no hub has it."""
+    return earlier_run(config.model_name_or_path) is not None or (path / BASE_WEIGHTS).is_file()
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run before its model is built: what can be read at once. Fields as in :class:`TrainedRun`."""
+
+    home: Path
+    checkpoint: Path
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    tasks: TaskTable
+
+    def load(self, tasks: TaskTable | None = None, config: Config | None = None) -> TrainedRun:
+        """Build the model and load the weights.
+
+        Args:
+            tasks: a longer table; rows of its new tasks follow ``new_task_rows``.
+            config: settings in place of the run's own, under which the weights fit.
+
+        Raises:
+            ConfigError: settings that cannot be used.
+            StateError: weights that do not fit the settings.
+        """
+        config = self.config if config is None else config
+        model = build_moe(config, self.tokenizer, self.tasks if tasks is None else tasks, ALONE)
+        load_base(model, self.checkpoint)
+        load_adapter(model, self.checkpoint)
+        return TrainedRun(self.home, self.checkpoint, config, self.tokenizer, model.eval())
+
+
+def open_run(run: str | Path, overrides: Sequence[str] = ()) -> OpenRun:
+    """The newest whole checkpoint of a run, or the checkpoint itself.
 
     Args:
         overrides: settings as on a command line, on top of the run's own, but for those of ``moe``.
@@ -64,7 +97,7 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
     Raises:
         ConfigError: not a run folder, or settings that cannot be used.
         CheckpointError: no whole checkpoint.
-        StateError: weights that do not fit the settings, or no tokenizer.
+        StateError: no tokenizer.
     """
     folder = Path(run)
     home = folder if (folder / CONFIG).is_file() else folder.parent
@@ -80,8 +113,13 @@ def load_run(run: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
     # Terms of the loss play no part, and what they read may be gone; all that counts is computed in fp32.
     moe = replace(with_saved_vectors(read_config(path), path), regularisers=None)
     config = replace(config, moe=moe, bf16=False, gradient_checkpointing=False)
-    tokenizer, tasks = saved_tokenizer(home / TOKENIZER), TaskTable.load(path / TASKS)
-    model = build_moe(config, tokenizer, tasks, ALONE)
-    load_base(model, path)
-    load_adapter(model, path)
-    return TrainedRun(home, path, config, tokenizer, model.eval())
+    return OpenRun(home, path, config, saved_tokenizer(home / TOKENIZER), TaskTable.load(path / TASKS))
+
+
+def load_run(run: str | Path, overrides: Sequence[str] = ()) -> TrainedRun:
+    """:func:`open_run`, with its model.
+
+    Raises:
+        ConfigError, CheckpointError, StateError: as :func:`open_run` and :meth:`OpenRun.load`.
+    """
+    return open_run(run, overrides).load()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from taskmoe.moe.config import ConfigError
-from taskmoe.moe.tasks import TaskError, TaskTable
+from taskmoe.moe.tasks import Task, TaskError, TaskTable
 from taskmoe.train.config import Config
 from taskmoe.train.data.errors import DataError
 from taskmoe.train.data.formats import Row
@@ -68,6 +68,7 @@ def read_tasks(
     tasks: TaskTable | None = None,
     grow: bool | None = None,
     say: Say = to_stderr,
+    append: bool = False,
 ) -> RawBundle:
     """Read and check every row of the wanted splits.
 
@@ -78,6 +79,7 @@ def read_tasks(
         grow: tasks that ``tasks`` lacks are appended, and the data must begin with the tasks of the table;
             else they are errors. None: grow when training rows and others are read, as a run does.
         say: takes one line at a time: skipped rows, missing splits. Pass a no-op on all ranks but one.
+        append: tasks that ``tasks`` lacks stand behind it, whatever the data begin with (for adaptation).
 
     Raises:
         DataError: a bad row (with file:line), or a task without rows.
@@ -106,7 +108,7 @@ def read_tasks(
             found[task.name] = task
     if not found:
         raise ConfigError("no data: set data.root, datasets or data.skill_gym")
-    table = _table(found, tasks, grow, config, skipped)
+    table = _table(found, tasks, grow or append, config, skipped, tuple(tasks or ()) if append else ())
     rows = {split: [_rows_of(found.get(t.name), split, config) for t in table] for split in splits}
     _check_empty(found, rows, table, say)
     if not any(of_task for of_tasks in rows.values() for of_task in of_tasks):
@@ -130,13 +132,18 @@ def _gym_tasks(config: Config, splits: tuple[str, ...]) -> Iterator[TaskRows]:
 
 
 def _table(
-    found: dict[str, TaskRows], tasks: TaskTable | None, grow: bool, config: Config, skipped: Counter[str]
+    found: dict[str, TaskRows],
+    tasks: TaskTable | None,
+    grow: bool,
+    config: Config,
+    skipped: Counter[str],
+    first: Sequence[Task] = (),
 ) -> TaskTable:
     if tasks is not None and not grow:
         for name, task in found.items():
             task.check_labels(tasks[tasks.id(name)].labels, config.data.on_bad_row, skipped)
         return tasks
-    table = TaskTable()
+    table = TaskTable(first)
     for name, task in found.items():
         old = tasks[tasks.id(name)] if tasks is not None and name in tasks else None
         labels = old.labels if old is not None else task.label_set()
@@ -148,7 +155,8 @@ def _table(
         if config.task_type == "SEQ_CLS" and labels is None:
             raise DataError(f"task {name!r} has no labels, which task_type SEQ_CLS needs")
         task.check_labels(labels, config.data.on_bad_row, skipped)
-        table.add(name, labels, task.group)
+        if name not in table:
+            table.add(name, labels, task.group)
     if tasks is not None:
         tasks.require_prefix_of(table)
     return table
