@@ -20,7 +20,7 @@ from taskmoe.train.command_line import (
     take_option,
     take_switch,
 )
-from taskmoe.train.commands import export
+from taskmoe.train.commands import adapt, export
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
@@ -191,6 +191,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "inspect": inspect,
     "compare": compare,
+    "adapt": adapt.run,
     "export": export.run,
     "config": config,
     "tune": tune,

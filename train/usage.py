@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskmoe.train.commands import export
+from taskmoe.train.commands import adapt, export
 
 _SETTINGS = """\
 Settings are written --section.key value or --section.key=value, after the file or before it:
@@ -25,6 +25,7 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
   eval RUN          score a trained run
   inspect RUN       show what the router learned: of a run, a checkpoint or a saved adapter
   compare RUN RUN   set the scores of runs side by side, seeds paired
+  adapt RUN FILE    learn new tasks from a few rows, by one way or by all
   export RUN        write what a task uses as an adapter that peft and vLLM load
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
   tune              measure how this GPU runs the kernels fastest, and remember it
@@ -91,6 +92,7 @@ examples:
   taskmoe compare runs/average runs/poly
   taskmoe compare runs/lora-s0 runs/lora-s1 runs/poly-s0 runs/poly-s1 --markdown poly.md
 """,
+    "adapt": adapt.USAGE,
     "export": export.USAGE,
     "config": f"""\
 usage: taskmoe config CFG.yaml [--key value ...]
