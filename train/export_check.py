@@ -12,6 +12,7 @@ from taskmoe.moe.collapse import Pair
 from taskmoe.moe.dry_run import example_inputs
 from taskmoe.moe.merge_weights import merge
 from taskmoe.train.export_formats import Format
+from taskmoe.train.instances import router_options
 
 BOUND = 1e-5  # of the largest logit, in float32
 
@@ -35,8 +36,13 @@ def difference(form: Format, task: int, folder: Path, inexact: Mapping[str, Pair
     """
     model = form.trained.model
     inputs = example_inputs(form.inner)
-    expected = model(**inputs, task_ids=[task] * len(inputs["input_ids"])).logits
-    found = form.read(task, folder)(**inputs).logits
+    mine = {**inputs, **_instances(form, len(inputs["input_ids"]))}
+    with torch.random.fork_rng(devices=[]):  # routers that draw do so alike
+        torch.manual_seed(0)
+        expected = model(**mine, task_ids=[task] * len(inputs["input_ids"])).logits
+        again = form.read(task, folder)
+        torch.manual_seed(0)
+        found = again(**(inputs if form.by_task else mine)).logits
     apart = _apart(found, expected)
     wrong = apart if inexact is None else _apart(found, merge(model, task, inexact)(**inputs).logits)
     if not wrong <= BOUND:
@@ -45,6 +51,14 @@ def difference(form: Format, task: int, folder: Path, inexact: Mapping[str, Pair
             f"from what they should be, more than {BOUND:.0e}; nothing was written (--no_check writes it)"
         )
     return apart
+
+
+def _instances(form: Format, rows: int) -> dict[str, Tensor]:
+    """What routers that read instances are told of them."""
+    options = router_options(form.trained.config)
+    if options is None:
+        return {}
+    return {"instance_embeddings": torch.randn(rows, options.dim, generator=torch.Generator().manual_seed(0))}
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:

@@ -75,7 +75,7 @@ def write_card(form: Format, folder: Path, kind: str, exported: Exported | None 
     parts = [
         _front(trained, kind),
         f"# {title}",
-        _what(trained, kind, exported),
+        _what(trained, exported),
         _loading(form, folder, kind, exported),
     ]
     if scores := _scores(trained, exported):
@@ -105,7 +105,7 @@ def _front(trained: TrainedRun, kind: str) -> str:
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---"
 
 
-def _what(trained: TrainedRun, kind: str, exported: Exported | None) -> str:
+def _what(trained: TrainedRun, exported: Exported | None) -> str:
     moe, step = trained.model.moe_config, checkpoint.read_state(trained.checkpoint)["step"]
     origin = (
         f"From step {step} of `{trained.config.run_name or trained.home.name}`: bank `{moe.bank}`, router "

@@ -49,6 +49,10 @@ RUNS = {
     "generator": f"{TEXT}\nmoe: {{r: 2, num_experts: 2}}\nphases: [{{train: [base, experts, router]}}]",
     "prompts": f"{TEXT}\nmoe: {{bank: prompt, bank_options: {{length: 3}}}}",
     "tokens": f"{TEXT}\nmoe: {{r: 2, num_experts: 3, router: token_linear}}",
+    "instances": f"{TEXT}\nmoe: {{r: 2, num_experts: 3, router: token_cluster, gate: raw, "
+    "router_options: {dim: 8}}",
+    "draws": f"{TEXT}\nmoe: {{r: 2, num_experts: 3, router: random_instances, gate: raw, "
+    "router_options: {experts: 2}}",
     "classifier": f"{BERT}\ntask_type: SEQ_CLS\nmoe: {{r: 2, num_experts: 2}}",
     "pooled": f"{BERT}\ntask_type: SEQ_CLS\npooling: mean\nmoe: {{r: 2, num_experts: 2}}",
     "encoder": f"{BERT}\ntask_type: FEATURE_EXTRACTION\npooling: mean\nmoe: {{r: 2, num_experts: 2}}",
@@ -71,7 +75,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             for i, letter in enumerate("abcdef"):
                 text, label = f"{letter} {task}", labels[i % len(labels)]
                 row = {"text": text, "label": label}
-                if name in ("generator", "prompts", "tokens"):
+                if RUNS[name].startswith(TEXT):
                     row = {"input": text, "output": label}
                 if name == "encoder":
                     row = {"query": text, "positive": 2 * letter}
@@ -113,8 +117,9 @@ def logits_of(run: Path, folder: Path, task: str, model: Any) -> tuple[torch.Ten
     return expected[..., : found.shape[-1]], found[:, -expected.shape[1] :] if found.dim() == 3 else found
 
 
-WRITTEN = [(name, "peft") for name in RUNS if name != "tokens"]
-WRITTEN += [(name, "merged") for name in RUNS if name not in ("tokens", "prompts")]
+BY_TOKEN = ("tokens", "instances", "draws")
+WRITTEN = [(name, "peft") for name in RUNS if name not in BY_TOKEN]
+WRITTEN += [(name, "merged") for name, kind in WRITTEN if name != "prompts"]
 
 
 @pytest.mark.parametrize(("name", "kind"), WRITTEN)
@@ -198,6 +203,18 @@ def test_tokens_are_refused_or_averaged_with_the_loss(run_of, tmp_path, capsys) 
     merged = tmp_path / "merged"
     export_run(run, "mood", merged, "merged", average=True)
     assert (merged / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["instances", "draws"])
+def test_instances_are_refused_or_averaged_or_kept(name, run_of, tmp_path, capsys) -> None:
+    run, out = run_of(name), tmp_path / "out"
+    assert main(["export", str(run), "--task", "mood", "--out", str(out)]) == 2
+    assert "gives each token gates of its own" in capsys.readouterr().err
+    (found,) = export_run(run, "mood", out, average=True)
+    assert found.losses is not None and found.losses[0] == pytest.approx(found.losses[1], rel=0.5)
+    assert found.losses[0] != found.losses[1]
+    kept = export_run(run, "all", tmp_path / "mixture", "taskmoe")
+    assert [e.difference for e in kept] == [0.0, 0.0]
 
 
 def test_folders_in_use_are_left_alone(run_of, tmp_path, capsys) -> None:
