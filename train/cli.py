@@ -95,13 +95,15 @@ def train(tokens: list[str]) -> int:
 
 
 def evaluate(tokens: list[str]) -> int:
-    """``eval RUN [--split SPLIT] [--data DIR] [--key value ...] [--json]``"""
+    """``eval RUN [--split SPLIT] [--data DIR] [--baseline RUN2] [--key value ...] [--json]``"""
     split, tokens = take_option(tokens, "split")
+    baseline, tokens = take_option(tokens, "baseline")
     root, tokens = take_option(tokens, "data")
     as_json, tokens = take_switch(tokens, "json")
     run, overrides = positional(tokens, "eval", "RUN")
-    if not Path(run).is_dir():
-        raise UsageError(f"{run}: no such run folder{nearest_folder(Path(run))}")
+    for folder in (run, baseline):
+        if folder is not None and not Path(folder).is_dir():
+            raise UsageError(f"{folder}: no such run folder{nearest_folder(Path(folder))}")
     if split is not None and split not in ("train", "validation", "test"):
         near = difflib.get_close_matches(split, ("train", "validation", "test"), n=1, cutoff=0.0)[0]
         raise UsageError(f"--split: {split!r} is not one of train, validation, test; the nearest is {near!r}")
@@ -109,7 +111,7 @@ def evaluate(tokens: list[str]) -> int:
         overrides.append(f"--data.root={root}")
     from taskmoe.train.run_eval import evaluate_run
 
-    return evaluate_run(run, overrides, split, as_json)
+    return evaluate_run(run, overrides, split, as_json, baseline)
 
 
 def inspect(tokens: list[str]) -> int:

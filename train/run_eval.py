@@ -21,30 +21,44 @@ from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks, init, shutdown
 from taskmoe.train.evaluate import evaluate
-from taskmoe.train.output import print_json
+from taskmoe.train.output import page, print_json
 from taskmoe.train.setup import build_data, build_moe
 from taskmoe.train.weights import load_base
 
 TASKS = "task_map.json"
 
 
-def evaluate_run(run: str, overrides: Sequence[str], split: str | None, as_json: bool) -> int:
+def evaluate_run(
+    run: str, overrides: Sequence[str], split: str | None, as_json: bool, baseline: str | None = None
+) -> int:
     """Score ``run`` and print a table, or with ``as_json`` one JSON object and nothing else, on stdout.
+
+    baseline: a run that is scored with the same overrides on the same split; the comparison is printed too.
 
     Returns:
         The exit code, 0.
 
     Raises:
         ConfigError, DataError, TaskError, StateError, CheckpointError: as :func:`score_run`.
+        FactsError: no task that both runs have with the same metric.
     """
     with stdout_is_stderr():
         ranks, found = score_run(run, overrides, split)
+        other = None if baseline is None else score_run(baseline, overrides, found["split"])[1]
     if not ranks.is_main:
         return 0
+    if other is None:
+        print_json(found) if as_json else _print_table(found)
+        return 0
+    from taskmoe.train.baseline import against
+    from taskmoe.train.comparison_view import show
+
+    compared = against(found, other)
     if as_json:
-        print_json(found)
+        print_json({**found, "baseline": other, "against": compared})
     else:
         _print_table(found)
+        show(compared, page())
     return 0
 
 

@@ -49,16 +49,20 @@ examples:
   taskmoe train configs/llama_rank1.yaml --output_dir runs/a --resume_from_checkpoint true
 """,
     "eval": f"""\
-usage: taskmoe eval RUN [--split train|validation|test] [--data DIR] [--key value ...] [--json]
+usage: taskmoe eval RUN [--split train|validation|test] [--data DIR] [--baseline RUN2] [--json]
+                    [--key value ...]
 
 Score a run folder, or one checkpoint in it, task by task.
 
   --split SPLIT   which rows; default: the run's eval_split
   --data DIR      other data, one folder a task with train|validation|test.jsonl (the same as --data.root DIR)
+  --baseline RUN2 score another run or checkpoint on the same split, and compare: differences, the average
+                  relative gain (without tasks on which RUN2 is under 0.01), means, medians, wins
   --json          print one JSON object and nothing else
 
 {_SETTINGS}
-example:
+examples:
+  taskmoe eval runs/poly --baseline runs/average --split test
   taskmoe eval runs/tweeteval --data.root other/tweeteval --split test --json
 """,
     "inspect": """\

@@ -107,13 +107,16 @@ def test_num_ranks_goes_to_the_launcher_with_the_same_settings(
 
 def test_eval_gets_run_overrides_split_and_json(called: list[tuple], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
+    (tmp_path / "base").mkdir()
     assert cli.main(["eval", "run"]) == 0
     assert cli.main(["eval", "--json", "run", "--split", "test", "--data.root", "other"]) == 0
     assert cli.main(["eval", "run", "--data", "other", "--split=train", "--num_beams", "4"]) == 0
+    assert cli.main(["eval", "--baseline", "base", "run"]) == 0
     assert called == [
-        ("evaluate_run", "run", [], None, False),
-        ("evaluate_run", "run", ["--data.root=other"], "test", True),
-        ("evaluate_run", "run", ["--num_beams=4", "--data.root=other"], "train", False),
+        ("evaluate_run", "run", [], None, False, None),
+        ("evaluate_run", "run", ["--data.root=other"], "test", True, None),
+        ("evaluate_run", "run", ["--num_beams=4", "--data.root=other"], "train", False, None),
+        ("evaluate_run", "run", [], None, False, "base"),
     ]
 
 
@@ -186,6 +189,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval"], "eval: RUN is missing"),
         (["eval", "runn"], "runn: no such run folder; the nearest is run"),
         (["eval", "run", "--split", "tset"], "--split: 'tset' is not one of train, validation, test"),
+        (["eval", "run", "--baseline", "runs"], "runs: no such run folder; the nearest is run"),
         (["eval", "run", "--jsn"], "--jsn: unknown key"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",

@@ -162,6 +162,20 @@ def test_a_table_for_people(classifier: Path, capsys: pytest.CaptureFixture[str]
     assert "irony" in out and "macro_f1" in out and "score" in out and "│    2 │" in out
 
 
+def test_beside_a_baseline(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["eval", str(classifier), "--baseline", str(classifier / "checkpoint-2"), "--split", "train"]
+    assert main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    baseline, compared = found.pop("baseline"), found.pop("against")
+    assert baseline == found and found["split"] == "train"
+    assert [arm["wins"] for arm in compared["arms"]] == [None, {"better": 0, "same": 2, "worse": 0}]
+    values = [task["arms"][0]["mean"] for task in compared["tasks"]]
+    assert values == [found["tasks"]["irony"]["f1:yes"], found["tasks"]["mood"]["macro_f1"]]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "score" in out and "relative gain" in out and "0/2/0" in out
+
+
 def test_unknown_tasks_name_the_nearest(classifier: Path, tmp_path: Path) -> None:
     other = write_tasks(tmp_path / "other", {"ironie": ("no", "yes")}, ("test",))
     with pytest.raises(TaskError, match=r"unknown task 'ironie'.*irony"):
