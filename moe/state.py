@@ -1,7 +1,7 @@
 """Save and load adapters only: adapter_model.safetensors, adapter_config.json, task_map.json; beside them
 task_vectors.safetensors, where vectors of tasks came from a file, and routing.safetensors, the gates of all
-tasks (:mod:`taskmoe.moe.snapshot`), which nothing but people reads. The config's gate and temperature are those
-that the model had when it was saved: in a run, those of the phase."""
+tasks (:mod:`taskmoe.moe.snapshot`), which only people read. The config's gate and temperature are those that
+the model had when it was saved: in a run, those of the phase."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from taskmoe.moe.representations.files import FILE as VECTORS
 from taskmoe.moe.representations.files import write_vectors
 from taskmoe.moe.representations.kinds import with_vectors
 from taskmoe.moe.snapshot import FILE as ROUTING
-from taskmoe.moe.snapshot import take
+from taskmoe.moe.snapshot import Snapshot, take
 from taskmoe.moe.tasks import TaskTable
 
 WEIGHTS, CONFIG, TASKS = "adapter_model.safetensors", "adapter_config.json", "task_map.json"
@@ -37,8 +37,14 @@ class StateError(ValueError):
     """A saved adapter that cannot be read or does not fit the model."""
 
 
-def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter of ``model``; ``state`` replaces its own tensors (gathered ones under ZeRO-3).
+def save_adapter(
+    model: TaskMoEModel,
+    folder: str | Path,
+    state: dict[str, Tensor] | None = None,
+    routing: Snapshot | None = None,
+) -> None:
+    """Write the adapter of ``model``; ``state`` replaces its own tensors (gathered ones under ZeRO-3), and
+    ``routing`` what its routers say, where all ranks must ask them together.
 
     Raises:
         StateError: a tensor is empty (a partitioned one that was not gathered), or the gate in force is one
@@ -70,7 +76,7 @@ def save_adapter(model: TaskMoEModel, folder: str | Path, state: dict[str, Tenso
         config["frozen"] = True  # imported experts that do not train
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     model.tasks.save(folder / TASKS)
-    take(model).save(folder / ROUTING)
+    (routing or take(model)).save(folder / ROUTING)
     if model.recorder is not None:
         model.recorder.save(folder)
     if (model.moe_config.representation_options or {}).get("path"):

@@ -105,13 +105,16 @@ class Following:
         if self.ranks.is_main:
             listed = "".join(f"{name}\n" for name in model.trainable_names())
             (self.folder / "trainable.txt").write_text(listed, encoding="utf-8")
-            if self._first is None and model.recorder is None:
-                self._begin(take(model))
+        if model.recorder is None:
+            self._begin(take(model))
 
     def _begin(self, snapshot: Snapshot) -> None:
-        self._first = snapshot
-        (self.folder / FIRST).parent.mkdir(exist_ok=True)
-        snapshot.save(self.folder / FIRST)
+        """Keep the routing of the start, if it is not known. All ranks take a snapshot together: under ZeRO-3
+        a router's parameters are gathered for it."""
+        if self.ranks.is_main and self._first is None:
+            self._first = snapshot
+            (self.folder / FIRST).parent.mkdir(exist_ok=True)
+            snapshot.save(self.folder / FIRST)
 
     # -- steps -----------------------------------------------------------------------------------------------
 
@@ -183,10 +186,9 @@ class Following:
             metrics["train/grad_norm"] = norm
         if model.recorder is not None:
             model.recorder.fold(all_sum)
+        snapshot = take(model)
+        self._begin(snapshot)
         if self.ranks.is_main:
-            snapshot = take(model)
-            if self._first is None:
-                self._begin(snapshot)
             metrics.update(routing_metrics(snapshot, self._first))
         return metrics
 
@@ -210,10 +212,9 @@ class Following:
 
     def show(self, step: int, model: TaskMoEModel, results: Mapping[str, Any] | None) -> None:
         """Record the whole routing, group by group, and what tasks did to each other."""
-        if not self.ranks.is_main:
-            return
         with self._timed():
-            self.tracker.log_media(step, Media(self.tasks, take(model), self._first, self._conflict, results))
+            snapshot = take(model)
+            self.tracker.log_media(step, Media(self.tasks, snapshot, self._first, self._conflict, results))
 
     def close(self, status: str) -> None:
         """End the run, and write report.html of one that finished."""

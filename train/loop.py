@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taskmoe.moe import TaskMoEModel, TaskTable
-from taskmoe.moe.snapshot import TokenGates
+from taskmoe.moe.snapshot import TokenGates, take
 from taskmoe.moe.state import load_adapter, save_adapter
 from taskmoe.train import checkpoint, run_folder
 from taskmoe.train.batches import build_batches, rows_per_step
@@ -352,9 +352,10 @@ class Run:
 
     def _write(self, folder: Path) -> None:
         """This rank's part of a checkpoint."""
+        routing = take(self.model)
         with self.engine.gathered():
             if self.ranks.is_main:
-                save_adapter(self.model, folder)
+                save_adapter(self.model, folder, routing=routing)
         if self.config.model is not None or any("base" in p.train for p in self.phases):
             with self.engine.gathered(dict(self.model.parameter_groups()["base"])):
                 if self.ranks.is_main:
