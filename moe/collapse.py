@@ -5,6 +5,7 @@ Legend: R rank of the result, K d_in, N d_out, H heads, E experts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -117,21 +118,21 @@ def save_lora(
             "LoRA to write; the base model alone is what it uses"
         )
     whole = trained_whole(base, number)
-    heads = {n.partition(".")[0] for n, m in base.named_modules() if isinstance(m, TaskLinear)}
-    others = {n for n, m in base.named_modules() if isinstance(m, SavedModule)}
     saved = {f"{name}.{n}": p for name, module in whole.items() for n, p in module.state_dict().items()}
-    write_lora(base, found, folder, modules_to_save=sorted(heads | others), saved=saved)
+    write_lora(base, found, folder, modules_to_save=sorted(whole), saved=saved)
     if isinstance(model.base_model, MeanPoolClassifier):
         head = model.base_model.classifier.of_task(number)
         save_head(head, model.tasks[number].labels or (), folder)
 
 
 def trained_whole(base: nn.Module, task: int) -> dict[str, nn.Module]:
-    """{name in ``base``: what stands there for one task}, of heads per task and saved modules."""
+    """{name in ``base``: what stands there for one task}: saved modules, and what holds heads per task."""
+    heads = {id(m): m.of_task(task) for m in base.modules() if isinstance(m, TaskLinear)}
     found: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
-        if isinstance(module, TaskLinear):
-            found[name] = module.of_task(task)
-        elif isinstance(module, SavedModule):
+        if isinstance(module, SavedModule):
             found[name] = module.saved
+        elif isinstance(module, TaskLinear):  # heads of more than a linear are one module to peft
+            top = name.partition(".")[0]
+            found[top] = copy.deepcopy(base.get_submodule(top), dict(heads))
     return found

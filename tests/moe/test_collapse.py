@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, LlamaForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
 from taskmoe.moe import TaskMoEConfig, attach, attach_heads
 from taskmoe.moe.collapse import CollapseError, collapse, save_lora
@@ -26,6 +31,17 @@ VARIANTS = {
     "pairs": {"bank": "mix_and_match", "num_experts": 6},
     "a matrix a task": {"bank": "mtl_lora"},
 }
+
+
+# A head of one linear, and one with a norm that no task has for itself.
+CLASSIFIERS = (
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    ModernBertForSequenceClassification,
+)
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+MODERN = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "intermediate_size": 24, **dict.fromkeys(SPECIAL, 0)}  # fmt: skip
 
 
 @pytest.fixture(params=VARIANTS)
@@ -82,12 +98,13 @@ def labelled():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:fan_in_fan_out", "ignore:Was not able")
-@pytest.mark.parametrize("cls", [BertForSequenceClassification, LlamaForSequenceClassification])
+@pytest.mark.parametrize("cls", CLASSIFIERS)
 @torch.no_grad()
 def test_a_head_of_a_task_is_in_the_adapter(cls, labelled, tiny, shaken, batch, close, tmp_path):
     peft = pytest.importorskip("peft")
-    kind = "bert" if cls is BertForSequenceClassification else "llama"
-    bare = cls(tiny(kind).config)
+    kind = "llama" if cls is LlamaForSequenceClassification else "bert"
+    sizes = tiny(kind).config if cls.config_class is not ModernBertConfig else ModernBertConfig(**MODERN)
+    bare = cls(sizes)
     bare.base_model.save_pretrained(tmp_path / "base")
     big = cls.from_pretrained(tmp_path / "base", num_labels=3)
     model = attach(attach_heads(big, labelled), TaskMoEConfig(r=2, num_experts=2), labelled)
