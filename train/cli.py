@@ -20,7 +20,7 @@ from taskmoe.train.command_line import (
     take_option,
     take_switch,
 )
-from taskmoe.train.commands import adapt, export
+from taskmoe.train.commands import adapt, export, merge
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
@@ -195,6 +195,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "adapt": adapt.run,
     "export": export.run,
+    "merge": merge.run,
     "config": config,
     "tune": tune,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskmoe.train.commands import adapt, export
+from taskmoe.train.commands import adapt, export, merge
 
 _SETTINGS = """\
 Settings are written --section.key value or --section.key=value, after the file or before it:
@@ -27,6 +27,7 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
   compare RUN RUN   set the scores of runs side by side, seeds paired
   adapt RUN FILE    learn new tasks from a few rows, by one way or by all
   export RUN        write what a task uses as an adapter that peft and vLLM load
+  merge RUN ...     merge the LoRAs of tasks, experts, runs or adapters into one
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
   tune              measure how this GPU runs the kernels fastest, and remember it
 
@@ -98,6 +99,7 @@ examples:
 """,
     "adapt": adapt.USAGE,
     "export": export.USAGE,
+    "merge": merge.USAGE,
     "config": f"""\
 usage: taskmoe config CFG.yaml [--key value ...]
        taskmoe config --schema

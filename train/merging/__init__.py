@@ -1,0 +1,1 @@
+"""``taskmoe merge``: several LoRAs, of runs and of peft's folders, as one."""
