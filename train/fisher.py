@@ -2,6 +2,7 @@
 
 ``representation: fisher`` makes them at the start of a run, of the base model. For those of an adapter call
 :func:`fisher_vectors`, and name the file that ``write_vectors`` writes as ``representation_options.path``.
+:func:`gradient_vectors` are the gradients themselves, which ``taskmoe select`` compares.
 
 Legend: D task vector, P parameters, T tasks.
 """
@@ -50,6 +51,27 @@ def fisher_vectors(
     Raises:
         ValueError: a task without a batch.
     """
+    return _means(parameters, batches, loss, reduce, torch.square)
+
+
+def gradient_vectors(
+    parameters: Sequence[nn.Parameter],
+    batches: Mapping[str, Iterable[Any]],
+    loss: Callable[[Any], Tensor],
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """{task: vector}: the gradient of each parameter, averaged over a task's batches; arguments and errors as
+    of :func:`fisher_vectors`."""
+    return _means(parameters, batches, loss, reduce, lambda gradient: gradient)
+
+
+def _means(
+    parameters: Sequence[nn.Parameter],
+    batches: Mapping[str, Iterable[Any]],
+    loss: Callable[[Any], Tensor],
+    reduce: Callable[[Tensor], Tensor] | None,
+    of_gradient: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
     vectors = {}
     for task, of_task in batches.items():
         totals, count = [torch.zeros_like(p, dtype=torch.float32) for p in parameters], 0
@@ -57,7 +79,7 @@ def fisher_vectors(
             found = torch.autograd.grad(loss(batch), list(parameters), allow_unused=True)
             for total, g in zip(totals, found, strict=True):
                 if g is not None:
-                    total.add_(g.detach().float().square())
+                    total.add_(of_gradient(g.detach().float()))
             count += 1
         if not count:
             raise ValueError(f"task {task!r} has no batch")
@@ -100,13 +122,24 @@ def pca(vectors: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
 
 
 def fisher_of_rows(
-    config: Config, data: Data, ranks: Ranks, options: FisherVectors.Options, tasks: Sequence[str]
+    config: Config,
+    data: Data,
+    ranks: Ranks,
+    options: FisherVectors.Options,
+    tasks: Sequence[str],
+    *,
+    make: Callable[..., dict[str, Tensor]] = fisher_vectors,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Tensor]:
     """{task: [D] float32}: :func:`sketch` of the Fisher diagonal of the base model that ``config`` builds,
     over the first training rows of each of ``tasks``, one at a time, without dropout.
 
     Heads of tasks start alike and are no part of it: what differs between the tasks is the gradient that
     reaches the base.
+
+    Args:
+        make: :func:`gradient_vectors` for gradients in place of the Fisher diagonal.
+        advance: called after each task.
 
     Raises:
         ConfigError: no parameter of the base has a name that fits, or the task type has no loss of one row.
@@ -129,6 +162,7 @@ def fisher_of_rows(
         tokens = data.bundle.splits["train"][table.id(name)].tokens
         for i in range(min(len(tokens), options.rows)):
             yield collate([{**tokens[i], "task": table.id(name)}])
+        advance()
 
     def loss(batch: dict[str, Any]) -> Tensor:
         inputs = model_inputs(batch, config.task_type, model.config, ranks.device)
@@ -136,7 +170,7 @@ def fisher_of_rows(
         return token_losses(model(**inputs).logits, batch, config.task_type)[0].sum()
 
     with model.disable_adapter():
-        return fisher_vectors(
+        return make(
             chosen,
             {name: rows(name) for name in tasks},
             loss,

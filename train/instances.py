@@ -23,6 +23,7 @@ from taskmoe.train.models import LOAD_ERRORS
 
 COLUMN = "instance"  # of token rows
 HASHED = "hashed_words"
+HASHED_CELLS = 512  # where nobody says how many
 MOST = 50_000  # training instances that centroids are made of: evenly spread over all
 STARTS, ROUNDS = 4, 50  # of k-means
 
@@ -64,14 +65,15 @@ class InstanceEncoder:
     Args:
         name: ``hashed_words``, counts of words in D cells; or a Hugging Face encoder by path or name, the
             mean of whose last hidden states is taken over the tokens.
-        dim: D.
+        dim: D; None: what the encoder has, or ``HASHED_CELLS``.
+        key: where the two are set, for messages.
 
     Raises:
         ConfigError: the encoder cannot be read, or has another size.
     """
 
-    def __init__(self, name: str, dim: int) -> None:
-        self.dim, self.model = dim, None
+    def __init__(self, name: str, dim: int | None = None, key: str = "moe.router_options.") -> None:
+        self.dim, self.model = dim or HASHED_CELLS, None
         if name == HASHED:
             return
         try:
@@ -79,12 +81,12 @@ class InstanceEncoder:
             self.model = AutoModel.from_pretrained(name).eval()
         except LOAD_ERRORS as error:
             raise ConfigError(
-                f"moe.router_options.encoder: {name!r} is not {HASHED}, and no encoder that can be read "
-                f"({error})"
+                f"{key}encoder: {name!r} is not {HASHED}, and no encoder that can be read ({error})"
             ) from error
         size = int(self.model.config.hidden_size)
-        if size != dim:
-            raise ConfigError(f"moe.router_options.dim: {dim}, but {name} has {size}; set it to that")
+        if dim is not None and size != dim:
+            raise ConfigError(f"{key}dim: {dim}, but {name} has {size}; set it to that")
+        self.dim = size
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from taskmoe.train.setup import Data
 
 
-@torch.no_grad()
 def text_vectors(
     encoder: nn.Module,
     tokenizer: Any,
@@ -40,14 +39,35 @@ def text_vectors(
     max_length: int = 256,
     batch_size: int = 32,
 ) -> dict[str, Tensor]:
-    """{task: [D] float32}: the last hidden states, averaged over the tokens of a text, then over the texts.
+    """{task: [D] float32}: :func:`text_states`, averaged over a task's texts (TextEmb of Vu et al. 2020; Ye,
+    Zha, Ren 2022).
 
-    Padding counts for nothing (TextEmb of Ye, Zha, Ren 2022, whose code averages over it, too).
+    Raises:
+        ValueError: a task without a text, or a text without a token.
+    """
+    states = text_states(encoder, tokenizer, texts, max_length=max_length, batch_size=batch_size)
+    return {task: states_nD.mean(0) for task, states_nD in states.items()}
+
+
+@torch.no_grad()
+def text_states(
+    encoder: nn.Module,
+    tokenizer: Any,
+    texts: Mapping[str, Sequence[str]],
+    *,
+    max_length: int = 256,
+    batch_size: int = 32,
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, Tensor]:
+    """{task: [n, D] float32}: of each text the last hidden states, averaged over its tokens.
+
+    Padding counts for nothing (the code of Ye, Zha, Ren 2022 averages over it, too).
 
     Args:
         encoder: a Hugging Face model; of an encoder-decoder the encoder is used, of a language model what is
             below its head.
-        texts: {task: its texts}; longer ones than ``max_length`` tokens are cut.
+        texts: {task: its n texts}; longer ones than ``max_length`` tokens are cut.
+        advance: called after each task.
 
     Raises:
         ValueError: a task without a text, or a text without a token.
@@ -56,11 +76,11 @@ def text_vectors(
     body: Any = encoder.get_encoder() if whole else getattr(encoder, "base_model", encoder)  # type: ignore[operator]
     training, device = body.training, next(body.parameters()).device
     body.eval()
-    vectors = {}
+    found = {}
     for task, given in texts.items():
         if not given:
             raise ValueError(f"task {task!r} has no text")
-        total_D: Any = 0.0
+        parts = []
         for i in range(0, len(given), batch_size):
             inputs = tokenizer(
                 list(given[i : i + batch_size]),
@@ -74,10 +94,11 @@ def text_vectors(
                 raise ValueError(f"task {task!r} has a text without a token")
             states_BLD = body(input_ids=ids, attention_mask=mask_BL).last_hidden_state.float()
             weights_BL = mask_BL / mask_BL.sum(-1, keepdim=True)
-            total_D = total_D + torch.einsum("bl,bld->d", weights_BL, states_BLD)
-        vectors[task] = (total_D / len(given)).cpu()
+            parts.append(torch.einsum("bl,bld->bd", weights_BL, states_BLD).cpu())
+        found[task] = torch.cat(parts)
+        advance()
     body.train(training)
-    return vectors
+    return found
 
 
 def with_task_vectors(config: Config, data: Data, ranks: Ranks, known: Path | None) -> Config:
@@ -120,16 +141,21 @@ def text_of_rows(
     Raises:
         ConfigError: an encoder that cannot be loaded.
     """
+    texts = texts_of_rows(data, tasks, options.rows, options.targets)
+    encoder, tokenizer = _encoder(options.model, config, data)
+    return text_vectors(encoder.to(ranks.device), tokenizer, texts, max_length=config.data.max_length)
+
+
+def texts_of_rows(data: Data, tasks: Sequence[str], rows: int, targets: bool) -> dict[str, list[str]]:
+    """{task: the prompts of its first training rows}, with the answers behind them where ``targets``."""
     splits, table = data.bundle.splits["train"], data.bundle.tasks
-    texts = {
+    return {
         name: [
-            f"{row['prompt']} {row['target']}" if options.targets else row["prompt"]
-            for row in splits[table.id(name)].raw[: options.rows]
+            f"{row['prompt']} {row['target']}" if targets else row["prompt"]
+            for row in splits[table.id(name)].raw[:rows]
         ]
         for name in tasks
     }
-    encoder, tokenizer = _encoder(options.model, config, data)
-    return text_vectors(encoder.to(ranks.device), tokenizer, texts, max_length=config.data.max_length)
 
 
 def _encoder(name: str, config: Config, data: Data) -> tuple[Any, Any]:
