@@ -20,7 +20,7 @@ from taskmoe.train.command_line import (
     take_option,
     take_switch,
 )
-from taskmoe.train.commands import adapt, export, merge
+from taskmoe.train.commands import adapt, export, merge, select
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
@@ -196,6 +196,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "adapt": adapt.run,
     "export": export.run,
     "merge": merge.run,
+    "select": select.run,
     "config": config,
     "tune": tune,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskmoe.train.commands import adapt, export, merge
+from taskmoe.train.commands import adapt, export, merge, select
 
 _SETTINGS = """\
 Settings are written --section.key value or --section.key=value, after the file or before it:
@@ -28,6 +28,7 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
   adapt RUN FILE    learn new tasks from a few rows, by one way or by all
   export RUN        write what a task uses as an adapter that peft and vLLM load
   merge RUN ...     merge the LoRAs of tasks, experts, runs or adapters into one
+  select RUN|CFG    rank the tasks that a task may learn from, or group tasks
   config CFG.yaml   print the settings of a run, with all defaults and overrides in place
   tune              measure how this GPU runs the kernels fastest, and remember it
 
@@ -100,6 +101,7 @@ examples:
     "adapt": adapt.USAGE,
     "export": export.USAGE,
     "merge": merge.USAGE,
+    "select": select.USAGE,
     "config": f"""\
 usage: taskmoe config CFG.yaml [--key value ...]
        taskmoe config --schema
