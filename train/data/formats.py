@@ -23,6 +23,7 @@ from taskmoe.train.data.templates import Template
 
 Row = dict[str, Any]
 
+TURNS = ("messages", "conversations")  # formats of several turns
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {
     "human": "user",
@@ -83,21 +84,12 @@ def parse_row(
     Raises:
         DataError: a column is missing, empty or of a wrong type.
     """
-    if form in ("messages", "conversations"):
+    if form in TURNS:
         return _parse_turns(row, where, form)
     spec = FORMATS[form]
     assert spec.target is not None
-    if template is not None:
-        prompt = template.render(row, where)
-        _check_text(prompt, "the rendered template", where)
-    else:
-        prompt = _column(row, spec.prompt[0], where, form)
-        # The second part is the optional input of an instruction, often the empty string.
-        extra = [to_text(row[c], f"column {c!r}", where) for c in spec.prompt[1:] if row.get(c) is not None]
-        prompt = "\n".join([prompt, *(e for e in extra if e.strip())])
-        if task_type == "CAUSAL_LM" and not prompt[-1].isspace():
-            prompt += spec.separator
-    target = _column(row, spec.target, where, form, strip=labelled)
+    prompt = prompt_of(row, where, form, template, task_type, _describe(spec))
+    target = _column(row, spec.target, where, form, _describe(spec), strip=labelled)
     accepted = [target, *(a for a in _accepted(row, where) if a != target)]
     wrong = _texts(row, "negatives", where) if form == "pairs" else []
     if wrong and task_type != "FEATURE_EXTRACTION":
@@ -106,10 +98,30 @@ def parse_row(
             where,
         )
     found = {"negatives": wrong} if wrong else {}
-    return found | _canonical(prompt, target, accepted, None, target if labelled else None, where)
+    return found | canonical(prompt, target, accepted, None, target if labelled else None, where)
 
 
-def _canonical(
+def prompt_of(row: Row, where: str, form: str, template: Template | None, task_type: str, needs: str) -> str:
+    """What the model reads of a row without turns. needs: the columns of the format, for errors.
+
+    Raises:
+        DataError: as :func:`parse_row`.
+    """
+    if template is not None:
+        prompt = template.render(row, where)
+        _check_text(prompt, "the rendered template", where)
+        return prompt
+    spec = FORMATS[form]
+    prompt = _column(row, spec.prompt[0], where, form, needs)
+    # The second part is the optional input of an instruction, often the empty string.
+    extra = [to_text(row[c], f"column {c!r}", where) for c in spec.prompt[1:] if row.get(c) is not None]
+    prompt = "\n".join([prompt, *(e for e in extra if e.strip())])
+    if task_type == "CAUSAL_LM" and not prompt[-1].isspace():
+        prompt += spec.separator
+    return prompt
+
+
+def canonical(
     prompt: str,
     target: str,
     accepted: list[str],
@@ -117,6 +129,7 @@ def _canonical(
     label: str | None,
     where: str,
 ) -> Row:
+    """Its columns in order, without negatives."""
     return {
         "prompt": prompt,
         "target": target,
@@ -127,12 +140,12 @@ def _canonical(
     }
 
 
-def _column(row: Row, column: str, where: str, form: str, strip: bool = False) -> str:
+def _column(row: Row, column: str, where: str, form: str, needs: str, strip: bool = False) -> str:
     if column not in row:
         near = difflib.get_close_matches(column, [str(c) for c in row], n=1, cutoff=0.6)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(
-            f"no column {column!r}{hint}; format {form} needs {_describe(FORMATS[form])}, "
+            f"no column {column!r}{hint}; format {form} needs {needs}, "
             f"the row has {', '.join(map(str, row)) or 'no columns'}",
             where,
             "missing column",
@@ -210,9 +223,28 @@ def _texts(row: Row, column: str, where: str) -> list[str]:
 
 
 def _parse_turns(row: Row, where: str, form: str) -> Row:
+    messages = turns_of(row, where, form)
+    if messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{form} ends with a turn of {messages[-1]['role']!r}; the last one must be the assistant's",
+            where,
+            "no assistant turn",
+        )
+    if len(messages) == 1:
+        raise DataError(f"{form} has nothing before the assistant's turn", where, "empty text")
+    prompt, target = render_turns(messages[:-1]), messages[-1]["content"]
+    return canonical(prompt, target, [target], messages, None, where)
+
+
+def turns_of(row: Row, where: str, form: str) -> list[dict[str, str]]:
+    """The turns of a row, at least one, as ``{role, content}``.
+
+    Raises:
+        DataError: as :func:`parse_row`.
+    """
     role_key, text_key = ("role", "content") if form == "messages" else ("from", "value")
     if form not in row:
-        _column(row, form, where, form)
+        _column(row, form, where, form, form)
     turns = row[form]
     if not isinstance(turns, list) or not turns:
         raise DataError(
@@ -238,16 +270,7 @@ def _parse_turns(row: Row, where: str, form: str) -> Row:
         content = to_text(turn[text_key], f"{what}.{text_key}", where)
         _check_text(content, f"{what}.{text_key}", where)
         messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "assistant":
-        raise DataError(
-            f"{form} ends with a turn of {messages[-1]['role']!r}; the last one must be the assistant's",
-            where,
-            "no assistant turn",
-        )
-    if len(messages) == 1:
-        raise DataError(f"{form} has nothing before the assistant's turn", where, "empty text")
-    prompt, target = render_turns(messages[:-1]), messages[-1]["content"]
-    return _canonical(prompt, target, [target], messages, None, where)
+    return messages
 
 
 def render_turns(messages: list[dict[str, str]]) -> str:
@@ -274,7 +297,7 @@ def check_settings(form: str, has_template: bool, task_type: str, key: str) -> N
             f"{key}.format: {form!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''}"
             f"; known are auto, {', '.join(FORMATS)}"
         )
-    if form in ("messages", "conversations"):
+    if form in TURNS:
         if has_template:
             raise ConfigError(f"{key}.template: has no effect on format {form}; remove it")
         if task_type in TWO_TEXTS:

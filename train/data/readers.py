@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +47,36 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> DataError:
     )
 
 
-def _check_utf16(head: bytes, path: Path) -> None:
+def _check_utf16(head: bytes, name: str) -> None:
     if head.startswith(_UTF16):
-        raise DataError("the file is UTF-16; save it as UTF-8", f"{path}:1:1", "wrong encoding")
+        raise DataError("the file is UTF-16; save it as UTF-8", f"{name}:1:1", "wrong encoding")
 
 
 def _read_jsonl(path: Path) -> Lines:
     # Split on the byte: str.splitlines would also cut at U+2028 inside a text.
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                _check_utf16(raw, path)
-                raw = raw.removeprefix(_BOM)
-            where = f"{path}:{number}"
-            try:
-                text = raw.rstrip().decode("utf-8")
-            except UnicodeDecodeError as error:
-                column = len(raw[: error.start].decode("utf-8", "replace")) + 1
-                yield where, _not_utf8(error, f"{where}:{column}")
-                continue
-            if text:
-                yield where, _parse_object(text, where)
+        yield from read_jsonl_lines(file, str(path))
+
+
+def read_jsonl_lines(lines: Iterable[bytes], name: str) -> Lines:
+    """Rows of JSON lines, each as soon as its line is there; empty lines are none. name: of the source.
+
+    Raises:
+        DataError: UTF-16.
+    """
+    for number, raw in enumerate(lines, 1):
+        if number == 1:
+            _check_utf16(raw, name)
+            raw = raw.removeprefix(_BOM)
+        where = f"{name}:{number}"
+        try:
+            text = raw.rstrip().decode("utf-8")
+        except UnicodeDecodeError as error:
+            column = len(raw[: error.start].decode("utf-8", "replace")) + 1
+            yield where, _not_utf8(error, f"{where}:{column}")
+            continue
+        if text:
+            yield where, _parse_object(text, where)
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any] | DataError:
@@ -96,7 +105,7 @@ def _object(value: Any, where: str) -> dict[str, Any] | DataError:
 
 def _read_text(path: Path) -> str:
     raw = path.read_bytes()
-    _check_utf16(raw, path)
+    _check_utf16(raw, str(path))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

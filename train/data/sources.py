@@ -173,7 +173,7 @@ def _dataset_source(entry: DatasetConfig, key: str) -> Source:
             if not Path(other).is_file():
                 raise DataError(f"no such file{_nearest(Path(other))}", f"{key}.{split}_path {other}")
             files[split] = Path(other)
-    name = entry.name or _default_name(entry, path)
+    name = entry.name or default_name(entry)
     return Source(key, name, entry, files=files, hub_splits=hub, task_column=entry.task_column)
 
 
@@ -198,7 +198,9 @@ def _nearest(path: Path) -> str:
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
-def _default_name(entry: DatasetConfig, path: Path) -> str:
+def default_name(entry: DatasetConfig) -> str:
+    """The task of a data set that gives none a name."""
+    path = Path(entry.path)
     if entry.subset:
         return entry.subset
     return path.parent.name if path.stem in SPLITS and path.parent.name else path.stem
