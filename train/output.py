@@ -17,7 +17,17 @@ PIPED_WIDTH = 140  # where nothing says how wide the lines may be
 
 def print_json(found: Any) -> None:
     """Print ``found`` as one line of JSON; null stands for numbers that JSON lacks."""
-    print(json.dumps(finite(found), ensure_ascii=False, allow_nan=False))
+    print(json_line(found))
+
+
+def json_line(found: Any) -> str:
+    """``found`` as JSON; null stands for numbers that JSON lacks, and half characters are escaped."""
+    line = json.dumps(finite(found), ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(finite(found), allow_nan=False)
+    return line
 
 
 def finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ Legend: B sequences of a batch, n targets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -75,27 +75,43 @@ class Predictor:
         """Predicted texts of each task in the order of ``rows[task]``, and (loss sum, target tokens)."""
         if self.task_type == "FEATURE_EXTRACTION":
             return self._find()
-        scored = self._shared(self._scored_items(), self._score)
-        predictions: dict[int, list[str]] = {}
+        scored = self._shared(self._scored_items(self.splits), self._score)
         losses: dict[int, tuple[float, int]] = {}
         for task, rows in self.rows.items():
             answers = [(row, self._right(task, row)) for row in rows]
             right = [scored[task, row, answer] for row, answer in answers if answer is not None]
             losses[task] = (sum(total for total, _, _ in right), sum(tokens for _, tokens, _ in right))
-            if self.tasks[task].labels:
-                predictions[task] = self._choose(task, scored)
+        return self._predictions(scored), losses
+
+    @torch.no_grad()
+    def respond(self) -> dict[int, list[Any]]:
+        """What is said of rows whose right answer is not known, in the order of ``rows[task]``.
+
+        Texts, as from :meth:`run`; of an encoder of texts their vectors, lists of D numbers.
+        """
+        if self.task_type == "FEATURE_EXTRACTION":
+            found = self._shared(self._prompt_items(list(self.rows)), self._vectors)
+            return {task: [found[task, row, -1] for row in rows] for task, rows in self.rows.items()}
+        labelled = [task for task in self.rows if self.tasks[task].labels]
+        return dict(self._predictions(self._shared(self._scored_items(labelled), self._score)))
+
+    def _predictions(
+        self, scored: dict[tuple[int, int, int], tuple[float, int, int]]
+    ) -> dict[int, list[str]]:
+        """The label of each row, of what :meth:`_score` found, or a generated text where there are none."""
         free = [task for task in self.rows if not self.tasks[task].labels]
         generated = self._shared(self._prompt_items(free), self._generate)
-        for task in free:
-            predictions[task] = [generated[task, row, -1] for row in self.rows[task]]
-        return predictions, losses
+        return {
+            task: [generated[task, row, -1] for row in rows] if task in free else self._choose(task, scored)
+            for task, rows in self.rows.items()
+        }
 
     def _find(self) -> tuple[dict[int, list[str]], dict[int, tuple[float, int]]]:
         """The text that each query finds among the texts of its task's rows, and the losses.
 
         Losses are those of training, so they depend on the rows that are run together; the rest does not.
         """
-        seen = self._shared(self._scored_items(), self._embed)
+        seen = self._shared(self._scored_items(self.splits), self._embed)
         predictions: dict[int, list[str]] = {}
         losses: dict[int, tuple[float, int]] = {}
         for task, rows in self.rows.items():
@@ -126,6 +142,12 @@ class Predictor:
         parts = (losses_n.cpu().double().tolist(), vectors[roles == QUERY], vectors[roles == TEXT])
         return _in_order(list(zip(*parts, strict=True)), batch["order"])
 
+    def _vectors(self, items: list[Item]) -> list[list[float]]:
+        """The vector of each item's prompt."""
+        batch = self.collator.prompts([self._columns(item) for item in items])
+        vectors = self.model(**model_inputs(batch, self.task_type, self.model.config, self.device)).logits
+        return _in_order(vectors.cpu().tolist(), batch["order"])
+
     def _choose(self, task: int, scored: dict[tuple[int, int, int], tuple[float, int, int]]) -> list[str]:
         """The predicted label of each row; among equals the first."""
         labels = self.tasks[task].labels
@@ -144,9 +166,10 @@ class Predictor:
         target, labels = self.splits[task].raw[row]["target"], self.tasks[task].labels
         return labels.index(target) if target in labels else None
 
-    def _scored_items(self) -> list[Item]:
+    def _scored_items(self, tasks: Iterable[int]) -> list[Item]:
         items: list[Item] = []
-        for task, split in self.splits.items():
+        for task in tasks:
+            split = self.splits[task]
             column = "prompt_length" if task in self.answers and self.task_type == "CAUSAL_LM" else "length"
             lengths = split.tokens[column][:]
             answers = enumerate(self.answers[task]) if task in self.answers else [(-1, [])]
