@@ -56,7 +56,12 @@ def test_the_python_example(
     again, turned = (json.loads(part) for part in said[-1].removeprefix("reverse ").split(" -> "))
     assert words == again == copied and turned == words[::-1]
     saved = {path.name for path in (tmp_path / "copy_reverse").iterdir()}
-    assert saved == {"adapter_config.json", "adapter_model.safetensors", "task_map.json"}
+    assert saved == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "routing.safetensors",
+        "task_map.json",
+    }
 
 
 def test_the_example_of_tasks_that_disagree(
@@ -176,7 +181,8 @@ def run_shell(tmp_path: Path) -> Callable[[str, float], str]:
 def check_what_the_commands_left(printed: list[str], folder: Path) -> None:
     for name in ("one_process", "two_ranks", "launched"):
         run = folder / "runs" / name
-        assert {"config.yaml", "task_map.json", "trainer_log.jsonl"} <= {path.name for path in run.iterdir()}
+        left = {path.name for path in run.iterdir()}
+        assert {"config.yaml", "task_map.json", "trainer_log.jsonl", "report.html"} <= left
         assert any(re.fullmatch(r"checkpoint-\d+", path.name) for path in run.iterdir())
         steps = [json.loads(line) for line in (run / "trainer_log.jsonl").read_text().splitlines()]
         assert steps[-1]["status"] == "finished" and any(line["kind"] == "train" for line in steps)
