@@ -17,6 +17,7 @@ from rich.table import Table
 from taskmoe.moe import TaskTable, load_adapter
 from taskmoe.moe.state import with_saved_gate, with_saved_vectors
 from taskmoe.train import checkpoint
+from taskmoe.train.adapt.unknown import route_unknown, settings_with
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks, init, shutdown
@@ -29,11 +30,17 @@ TASKS = "task_map.json"
 
 
 def evaluate_run(
-    run: str, overrides: Sequence[str], split: str | None, as_json: bool, baseline: str | None = None
+    run: str,
+    overrides: Sequence[str],
+    split: str | None,
+    as_json: bool,
+    baseline: str | None = None,
+    unknown: str = "error",
 ) -> int:
     """Score ``run`` and print a table, or with ``as_json`` one JSON object and nothing else, on stdout.
 
     baseline: a run that is scored with the same overrides on the same split; the comparison is printed too.
+    unknown: as for :func:`score_run`.
 
     Returns:
         The exit code, 0.
@@ -43,8 +50,10 @@ def evaluate_run(
         FactsError: no task that both runs have with the same metric.
     """
     with stdout_is_stderr():
-        ranks, found = score_run(run, overrides, split)
-        other = None if baseline is None else score_run(baseline, overrides, found["split"])[1]
+        ranks, found = score_run(run, overrides, split, unknown=unknown)
+        other = None
+        if baseline is not None:
+            other = score_run(baseline, overrides, found["split"], unknown=unknown)[1]
     if not ranks.is_main:
         return 0
     if other is None:
@@ -77,7 +86,11 @@ def stdout_is_stderr() -> Iterator[None]:
 
 
 def score_run(
-    run: str | Path, overrides: Sequence[str] = (), split: str | None = None, return_predictions: bool = False
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    split: str | None = None,
+    return_predictions: bool = False,
+    unknown: str = "error",
 ) -> tuple[Ranks, dict[str, Any]]:
     """Score the newest whole checkpoint of a run.
 
@@ -89,6 +102,8 @@ def score_run(
         overrides: settings as on a command line, on top of the run's own. All rows are scored, unless
             ``evaluation.max_rows`` is among them.
         split: train | validation | test; None: the run's ``eval_split``.
+        unknown: what becomes of tasks that are not in the table, a name of
+            :data:`taskmoe.train.adapt.unknown.POLICIES`.
 
     Returns:
         This process among the ranks, and what ``evaluate`` returns with ``run``, ``checkpoint``, ``step``,
@@ -97,7 +112,8 @@ def score_run(
     Raises:
         ConfigError: not a run folder, or settings that cannot be used.
         CheckpointError: no whole checkpoint.
-        TaskError: a task that is not in the run's table; names the nearest.
+        TaskError: a task that is not in the run's table, under ``unknown: error``; names the nearest.
+        AdaptError: a run that cannot serve tasks that it does not know.
         DataError: bad rows. StateError: weights that do not fit the settings.
     """
     folder = Path(run)
@@ -117,7 +133,7 @@ def score_run(
     try:
         given = {m[1] for o in overrides if (m := re.match(r"-*moe\.(\w+)", o))}
         moe = with_saved_gate(with_saved_vectors(config.moe, path), path, given)  # a phase may gate otherwise
-        found = _score(replace(config, moe=moe), home, path, wanted, ranks, return_predictions)
+        found = _score(replace(config, moe=moe), home, path, wanted, ranks, return_predictions, unknown)
     finally:
         shutdown(ranks)
     step = checkpoint.read_state(path)["step"]
@@ -126,19 +142,35 @@ def score_run(
 
 
 def _score(
-    config: Config, home: Path, path: Path, split: str, ranks: Ranks, return_predictions: bool
+    config: Config,
+    home: Path,
+    path: Path,
+    split: str,
+    ranks: Ranks,
+    return_predictions: bool,
+    unknown: str,
 ) -> dict[str, Any]:
     def say(line: str) -> None:
         if ranks.is_main:
             print(f"taskmoe: {line}", file=sys.stderr)
 
     tasks = TaskTable.load(path / TASKS)
-    data = build_data(config, ranks, (split,), tasks, home / "tokenizer", say)
+    data = build_data(config, ranks, (split,), tasks, home / "tokenizer", say, append=unknown != "error")
     if not any(len(s.tokens) for s in data.bundle.splits[split]):
         raise ConfigError(f"{config.data.root or home}: none of the tasks has a {split} split")
-    model = build_moe(config, data.tokenizer, data.bundle.tasks, ranks)
+    added = data.bundle.tasks.names[len(tasks) :]
+    moe = settings_with(config, tasks, added, unknown) if added else config.moe
+    model = build_moe(replace(config, moe=moe), data.tokenizer, data.bundle.tasks, ranks)
     load_base(model, path)
     load_adapter(model, path)
+    if added:
+        rows = data.bundle.splits[split][len(tasks) :]
+        texts = {name: [row["prompt"] for row in own.raw] for name, own in zip(added, rows, strict=True)}
+        texts = {name: own for name, own in texts.items() if own}
+        routed = route_unknown(model, tasks, texts, unknown, load(home / "config.yaml", ["--deepspeed=null"]))
+        for name in added:
+            how = f"as {routed[name]}" if name in routed else "by the run's rule for new tasks"
+            say(f"task {name!r} is not of the run: routed {how}")
     best = checkpoint.read_state(path).get("best")
     if best and f"checkpoint-{best['step']}" != path.name:
         say(f"scoring {path}; the best of the run was checkpoint-{best['step']}")

@@ -38,6 +38,7 @@ def build_data(
     tasks: TaskTable | None,
     tokenizer_folder: Path | None,
     say: Callable[[str], None],
+    append: bool = False,
 ) -> Data:
     """Read and tokenise; rank 0 first, so that the others find its cache. One rank's error is raised on all.
 
@@ -45,10 +46,11 @@ def build_data(
         tasks: the table of a checkpoint, which the data may extend; None for a new run.
         tokenizer_folder: a saved tokenizer; None: a new one, trained on the training texts where the model
             is built from a config.
+        append: tasks that the table lacks stand behind it, whatever the data begin with.
     """
 
     def read() -> tuple[PreTrainedTokenizerBase, DataBundle]:
-        raw = read_tasks(config, splits, tasks, say=say)
+        raw = read_tasks(config, splits, tasks, say=say, append=append)
         if tokenizer_folder is None:
             tokenizer = build_tokenizer(config, raw.texts())
         else:

@@ -51,8 +51,8 @@ examples:
   taskmoe train configs/llama_rank1.yaml --output_dir runs/a --resume_from_checkpoint true
 """,
     "eval": f"""\
-usage: taskmoe eval RUN [--split train|validation|test] [--data DIR] [--baseline RUN2] [--json]
-                    [--key value ...]
+usage: taskmoe eval RUN [--split train|validation|test] [--data DIR] [--baseline RUN2]
+                    [--unknown_task error|average|nearest] [--json] [--key value ...]
 
 Score a run folder, or one checkpoint in it, task by task.
 
@@ -60,6 +60,9 @@ Score a run folder, or one checkpoint in it, task by task.
   --data DIR      other data, one folder a task with train|validation|test.jsonl (the same as --data.root DIR)
   --baseline RUN2 score another run or checkpoint on the same split, and compare: differences, the average
                   relative gain (without tasks on which RUN2 is under 0.01), means, medians, wins
+  --unknown_task POLICY
+                  of tasks that the run was not trained on: error (default), average (the run's rule for new
+                  tasks, or the mean of its tasks), nearest (the task whose texts are most like theirs)
   --json          print one JSON object and nothing else
 
 {_SETTINGS}

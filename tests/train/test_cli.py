@@ -113,10 +113,10 @@ def test_eval_gets_run_overrides_split_and_json(called: list[tuple], tmp_path: P
     assert cli.main(["eval", "run", "--data", "other", "--split=train", "--num_beams", "4"]) == 0
     assert cli.main(["eval", "--baseline", "base", "run"]) == 0
     assert called == [
-        ("evaluate_run", "run", [], None, False, None),
-        ("evaluate_run", "run", ["--data.root=other"], "test", True, None),
-        ("evaluate_run", "run", ["--num_beams=4", "--data.root=other"], "train", False, None),
-        ("evaluate_run", "run", [], None, False, "base"),
+        ("evaluate_run", "run", [], None, False, None, "error"),
+        ("evaluate_run", "run", ["--data.root=other"], "test", True, None, "error"),
+        ("evaluate_run", "run", ["--num_beams=4", "--data.root=other"], "train", False, None, "error"),
+        ("evaluate_run", "run", [], None, False, "base", "error"),
     ]
 
 

@@ -44,7 +44,7 @@ def show(
         return 0
     console = page()
     columns = ["mode", "shots", "seeds", "score", "steps", "numbers learned"]
-    columns += [f"less {baseline}", "relative gain"] if baseline else []
+    columns += [f"minus {baseline}", "relative gain"] if baseline else []
     rows = [_row(line, bool(baseline)) for line in lines]
     print_table(console, f"{run}: {len(study.tasks)} new task(s), {study.split} rows", columns, rows)
     if len(study.tasks) > 1:

@@ -64,13 +64,12 @@ def run(tokens: list[str]) -> int:
     if baseline is not None and baseline not in modes:
         raise UsageError(f"--baseline: {baseline!r} is not among the modes {', '.join(modes)}")
     numbers = [None] if shots is None else _numbers("shots", shots, 1)
+    drawn = _numbers("seeds", seeds or "0", 0)
     from taskmoe.train.adapt.settings import read_settings
     from taskmoe.train.adapt.view import show
 
     settings = read_settings(file, given)
-    return show(
-        path, settings, modes, numbers, _numbers("seeds", seeds or "0", 0), out, baseline, force, as_json
-    )
+    return show(path, settings, modes, numbers, drawn, out, baseline, force, as_json)
 
 
 def _numbers(option: str, text: str, least: int) -> list[int]:
