@@ -79,8 +79,13 @@ def check_same_shape(state: Mapping[str, Any], world_size: int, rows_per_step: i
     """Whether a run can go on from ``trainer_state.json`` with these numbers of ranks and rows.
 
     Raises:
-        ConfigError: it cannot; names both numbers.
+        ConfigError: it cannot; names both numbers, or the command that made a checkpoint of no training.
     """
+    if "rows_per_step" not in state:
+        raise ConfigError(
+            "resume: the checkpoint was made by taskmoe adapt and has no optimiser to go on with; adapt it "
+            "further, or begin a run from its base with model_name_or_path"
+        )
     if state["world_size"] != world_size:
         raise ConfigError(
             f"resume: the checkpoint was written by {state['world_size']} rank(s), this run has "
