@@ -21,7 +21,8 @@ Source = Mapping[str, Pair]  # one LoRA: {linear: its factors, the scale in B}
 class Merger(ABC):
     """One way. A source that has no pair for a linear adds zero there.
 
-    ``coefficient``: the default of what the result is multiplied by. Options, if any, are in ``Options``.
+    ``coefficient``: the default of what the result is multiplied by, and the result is proportional to it.
+    Options, if any, are in ``Options``.
     """
 
     coefficient: ClassVar[float] = 1.0

@@ -23,9 +23,10 @@ SPACES = ("delta", "factors")
 class ByEntry(Merger):
     """Merges deltas B^T A, as the papers do with whole weights, or with ``space: factors`` all A and all B.
 
-    The factors of one product are not unique, so that merging them is another method; it keeps the rank and
-    never makes a matrix of the size of a weight. Where all sources have the same A, and nothing is left out
-    of it, both are the same: B is added up as the deltas are, A is a mean.
+    A merged delta has any rank, and a singular value decomposition makes factors of it: of large models that
+    takes long. The factors of one product are not unique, so that merging them is another method; it keeps
+    the rank and never makes a matrix of the size of a weight. Where all sources have the same A, and nothing
+    is left out of it, both are the same: B is added up as the deltas are, A is a mean.
     """
 
     adds: ClassVar[bool] = True  # the entries of the sources are added, not averaged

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from taskmoe.moe.collapse import Pair
 from taskmoe.moe.layer import SavedModule
-from taskmoe.moe.merging.kinds import Merged, merge_loras, merger
+from taskmoe.moe.merging.kinds import merge_loras, merger
 from taskmoe.moe.peft_write import write_lora
 from taskmoe.moe.wrappers import inside
 from taskmoe.train.merging.card import write_card
@@ -140,7 +140,7 @@ def _check(
     for task in held_in or given.tasks if several else ():
         assert home is not None
         home.model.tasks.id(task)
-    if kind == RUN and any(target.glob("checkpoint-*")):
+    if kind == RUN and any(path.name != "checkpoint-0" for path in target.glob("checkpoint-*")):
         raise MergeError(f"--out: {target} holds a run; give another folder")
 
 
@@ -178,6 +178,3 @@ def _write(
             }
             write_lora(base, pairs, folder, modules_to_save=sorted(whole), saved=saved)
         write_card(result, kind, home, folder)
-
-
-__all__ = ["PEFT", "RUN", "Choice", "Merged", "Result", "merge"]

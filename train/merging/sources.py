@@ -76,8 +76,9 @@ def gather(
         for name, pairs in of_path.items():
             loras[name if name not in loras else f"{path}: {name}"] = pairs
     if run is not None:
-        runs.insert(0, load_run(run))
-        bases.append(_base_of_run(runs[0]))
+        known = [r for r in runs if Path(run).resolve() in (r.home.resolve(), r.checkpoint.resolve())]
+        runs.insert(0, known[0] if known else load_run(run))
+        bases += [] if known else [_base_of_run(runs[0])]
     for base in bases[1:]:
         _require_same(bases[0], base)
     _require_no_whole_modules(runs, alone=len(bases) == 1)

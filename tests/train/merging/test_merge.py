@@ -192,7 +192,8 @@ def test_heads_stay_the_tasks_own(run_of, tmp_path) -> None:
 @torch.no_grad()
 def test_modules_that_were_trained_whole_come_along_with_one_run(run_of, tmp_path) -> None:
     merge([str(run_of("saved"))], "svd_mean", tmp_path / "run", "run")
-    merge([str(run_of("saved"))], "svd_mean", tmp_path / "lora")
+    merge([str(run_of("saved"))], "concatenation", tmp_path / "run", "run", force=True)
+    merge([str(run_of("saved"))], "concatenation", tmp_path / "lora", run=str(run_of("saved")))
     found = load_run(tmp_path / "run").model
     assert not torch.equal(found.base_model.lm_head.saved.weight, found.base_model.lm_head.original.weight)
     plain = of_peft(tmp_path / "lora", tmp_path / "lora" / "base")
