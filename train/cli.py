@@ -20,7 +20,7 @@ from taskmoe.train.command_line import (
     take_option,
     take_switch,
 )
-from taskmoe.train.commands import adapt, export, merge, select
+from taskmoe.train.commands import adapt, export, merge, predict, select
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.usage import USAGE
 
@@ -195,6 +195,7 @@ def _say(line: str, is_main: bool) -> None:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
+    "predict": predict.run,
     "inspect": inspect,
     "compare": compare,
     "adapt": adapt.run,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from taskmoe.train.commands import adapt, export, merge, select
+from taskmoe.train.commands import adapt, export, merge, predict, select
 
 _SETTINGS = """\
 Settings are written --section.key value or --section.key=value, after the file or before it:
@@ -23,6 +23,7 @@ Train task-level mixtures of experts. configs/methods/ holds the methods of the 
 
   train CFG.yaml    train a model
   eval RUN          score a trained run
+  predict RUN       answer rows from standard input as one task of a run
   inspect RUN       show what the router learned: of a run, a checkpoint or a saved adapter
   compare RUN RUN   set the scores of runs side by side, seeds paired
   adapt RUN FILE    learn new tasks from a few rows, by one way or by all
@@ -70,6 +71,7 @@ examples:
   taskmoe eval runs/poly --baseline runs/average --split test
   taskmoe eval runs/tweeteval --data.root other/tweeteval --split test --json
 """,
+    "predict": predict.USAGE,
     "inspect": """\
 usage: taskmoe inspect RUN|CHECKPOINT [--layer PATTERN] [--json] [--html OUT]
 
