@@ -36,10 +36,14 @@ class EarlierRun:
         return load(self.folder / CONFIG, ["--deepspeed=null"])
 
     @torch.no_grad()
-    def load_base(self, model: nn.Module) -> None:
+    def load_base(self, model: nn.Module, new_head: bool = False) -> None:
         """Copy what the run made of its base into ``model``, which is built as that base was.
 
         Nothing is copied where the run saved no base: it had one of the hub, and did not train it.
+
+        Args:
+            new_head: what stands outside ``model.base_model`` may be missing: tasks have heads of their own
+                in its place.
 
         Raises:
             ConfigError: unreadable, or the base of another kind of model.
@@ -63,6 +67,9 @@ class EarlierRun:
                 )
             own[name].copy_(value)
             missing.discard(name)
+        if new_head:
+            inner = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+            missing = {n for n, p in model.named_parameters() if n in missing and id(p) in inner}
         if missing:
             raise ConfigError(
                 f"{KEY}: {path} lacks {min(missing)} of {type(model).__name__}; another task_type?"

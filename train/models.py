@@ -89,7 +89,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase, tasks: TaskT
         its = run.config()
         same = replace(config, model=its.model, model_name_or_path=its.model_name_or_path)
         built = build_model(same, tokenizer, tasks)
-        run.load_base(built)
+        run.load_base(built, new_head=config.task_type == "SEQ_CLS")
         return built
     base_trains = any("base" in phase.train for phase in config.phases)
     kwargs: dict[str, Any] = {"dtype": torch.bfloat16 if config.bf16 and not base_trains else torch.float32}

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from taskmoe.moe import ConfigError, TaskMoEConfig, TaskTable
 from taskmoe.train.config import Config, DataConfig, PhaseConfig, SkillGymConfig, TokenizerConfig
 from taskmoe.train.distributed import Ranks
-from taskmoe.train.earlier_run import earlier_run
+from taskmoe.train.earlier_run import EarlierRun, earlier_run
 from taskmoe.train.loop import train
 from taskmoe.train.models import build_model, build_tokenizer
 from taskmoe.train.setup import build_moe
+from taskmoe.train.weights import base_state, save_base
 
 MODEL = {"type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
          "num_attention_heads": 2}  # fmt: skip
@@ -96,3 +97,27 @@ def test_what_is_no_run_and_a_run_without_a_whole_checkpoint(run, tmp_path):
         earlier_run(str(home))
     (home / "config.json").write_text(json.dumps({"model_type": "llama"}))
     assert earlier_run(str(home)) is None, "a model's folder stays one"
+
+
+def test_a_classifier_keeps_its_encoder_and_gets_a_new_head(tmp_path):
+    tasks = TaskTable()
+    tasks.add("mood", ["bad", "good"])
+    shape = {**MODEL, "type": "bert"}
+    config = Config(model=shape, task_type="SEQ_CLS", moe=TaskMoEConfig(r=1, num_experts=1), seed=1)
+    tokenizer = build_tokenizer(config, ["a b"])
+    model = build_moe(config, tokenizer, tasks, Ranks(0, 1, 0, torch.device("cpu"), False))
+    save_base(base_state(model), tmp_path)
+    earlier, built = EarlierRun(tmp_path, tmp_path), build_model(replace(config, seed=2), tokenizer, tasks)
+    head = built.classifier.weight.clone()
+    with pytest.raises(ConfigError, match=r"lacks classifier\.bias of BertForSequenceClassification"):
+        earlier.load_base(built)
+    earlier.load_base(built, new_head=True)
+    trained = build_model(config, tokenizer, tasks)
+    assert torch.equal(built.classifier.weight, head)
+    for name, p in built.bert.named_parameters():
+        assert torch.equal(p, trained.bert.get_parameter(name)), name
+    state = load_file(tmp_path / "base_model.safetensors")
+    state.pop(next(name for name in state if "query.weight" in name or "query.base.weight" in name))
+    save_file(state, tmp_path / "base_model.safetensors")
+    with pytest.raises(ConfigError, match=r"lacks bert.*query\.weight of BertForSequenceClassification"):
+        earlier.load_base(built, new_head=True)
