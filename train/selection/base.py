@@ -161,7 +161,8 @@ def read_subject(path: str, overrides: Sequence[str]) -> tuple[Config, OpenRun |
         ConfigError, CheckpointError, StateError: neither a run nor a file of settings.
     """
     if not Path(path).is_dir():
-        return load(path, ["--deepspeed=null", *overrides]), None
+        # As of a run, all that counts is computed in fp32.
+        return replace(load(path, ["--deepspeed=null", *overrides]), bf16=False), None
     run = open_run(path, overrides)
     return replace(run.config, model=None, model_name_or_path=str(run.checkpoint)), run
 

@@ -8,6 +8,8 @@ import shutil
 import pytest
 
 from taskmoe.train.cli import main
+from taskmoe.train.config_io import load
+from taskmoe.train.loop import train
 
 NAMES = ["blue-a", "blue-b", "green-a", "green-b", "red-a", "red-b"]
 
@@ -66,6 +68,35 @@ def test_data_maps_need_several_checkpoints(run, tmp_path, capsys):
     shutil.copytree(run, one, ignore=shutil.ignore_patterns("checkpoint-2", "checkpoint-4"))
     assert main(["select", str(one), *argv]) == 2
     assert "has 1 checkpoint, and data maps need" in capsys.readouterr().err
+
+
+def test_a_run_of_classifiers_and_what_its_tasks_share(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    model = "bert, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2"
+    path.write_text(
+        f"model: {{type: {model}}}\ntask_type: SEQ_CLS\nmoe: {{r: 2, num_experts: 2}}\nmax_steps: 2\n"
+        f"save_steps: 1\nsave_total_limit: 2\ntokenizer: {{kind: char, vocab_size: 64}}\nreport_to: []\n"
+        f"data: {{root: {tmp_path}/data, cache_dir: {tmp_path}/cache, max_length: 16}}\n"
+        f"output_dir: {tmp_path}/run\nmixing: {{strategy: equal}}\nper_device_train_batch_size: 4\n"
+    )
+    for task, labels in {
+        "irony": ("no", "yes"),
+        "mood": ("bad", "good", "ok"),
+        "tone": ("no", "yes"),
+    }.items():
+        (tmp_path / "data" / task).mkdir(parents=True)
+        rows = [{"text": f"{c} {task}", "label": labels[i % len(labels)]} for i, c in enumerate("abcdef")]
+        for split in ("train", "validation"):
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert train(load(path)) == 0
+    argv = ["select", f"{tmp_path}/run", "--method", "textemb,taskemb,gradient,datamap", "--json"]
+    assert main([*argv, "--target", "mood", "--group", "2"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for method in ("textemb", "taskemb", "gradient", "datamap"):
+        rows = found["rankings"][method]["mood"]
+        assert {row["task"] for row in rows} == {"irony", "tone"}
+        assert all(row["affinity"] is not None for row in rows)
+        assert sorted(found["groups"][method]["label"]) == ["irony", "mood", "tone"]
 
 
 @pytest.mark.parametrize(
