@@ -36,6 +36,10 @@ def slugify(name: str, taken: Iterable[str] = ()) -> str:
     return slug
 
 
+# Beside the tasks' keys stand those of their mean, eval/macro/<metric>, and of their score, eval/score.
+RESERVED = ("macro", "score")
+
+
 class TaskTable:
     """An append-only list of tasks; a task's id is its position.
 
@@ -70,13 +74,16 @@ class TaskTable:
         Raises:
             TaskError: the name is empty or already in the table.
         """
-        slug = slugify(name, (t.slug for t in self._tasks)) if isinstance(name, str) else ""
+        taken = [*RESERVED, *(t.slug for t in self._tasks)]
+        slug = slugify(name, taken) if isinstance(name, str) else ""
         self._append(Task(name, slug, None if labels is None else tuple(labels), group))
         return len(self._tasks) - 1
 
     def _append(self, task: Task) -> None:
         if not isinstance(task.name, str) or not task.name.strip():
             raise TaskError(f"task name {task.name!r} is not a text with letters; give every task a name")
+        if task.name.encode(errors="ignore").decode() != task.name:
+            raise TaskError(f"task name {task.name!r} holds half a character; write it whole")
         if task.name in self._ids:
             raise TaskError(f"task {task.name!r} is in the table twice; names must be unique")
         if not SLUG.fullmatch(task.slug):

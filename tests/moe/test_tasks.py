@@ -43,6 +43,11 @@ def test_slugs_are_unique():
     assert slugs == ["qa", "qa-2", "q-a", "q-a-2", "task", "task-2", "x" * 56, "x" * 56 + "-2"]
 
 
+def test_no_slug_is_a_word_that_stands_beside_tasks():
+    table = TaskTable.from_names(["Macro", "score", "scores"])
+    assert [t.slug for t in table] == ["macro-2", "score-2", "scores"]
+
+
 def test_ids_are_positions():
     table = TaskTable.from_names(["a", "b"])
     assert table.add("c", ["no", "yes"], group="g") == 2
@@ -60,6 +65,7 @@ def test_ids_are_positions():
         (["a", "b", "a"], "'a' is in the table twice"),
         (["a", ""], "task name '' is not a text"),
         (["  "], "not a text with letters"),
+        (["half \ud800"], "holds half a character"),
         ([3], "task name 3 is not a text"),
         ([None], "task name None is not a text"),
         ("qa", "tasks are 'qa', one string; give a list"),
