@@ -11,12 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from scipy.cluster.hierarchy import cophenet, is_valid_linkage
+from scipy.cluster.hierarchy import cophenet, is_valid_linkage, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 from torch import Tensor
 
 from taskmoe.moe.snapshot import Snapshot
+from taskmoe.train.track import routing
 from taskmoe.train.track.routing import (
     UNSEEN_HEIGHT,
     against_groups,
@@ -190,6 +191,17 @@ def test_clusters_put_families_side_by_side():
     assert adjusted_rand_score(own, found.labels(3)) == 1
     labels = found.labels(3)
     assert list(dict.fromkeys(labels[t] for t in found.order)) == [0, 1, 2]  # numbered as they lie
+
+
+def test_leaves_of_very_many_tasks_lie_as_the_tree_has_them(monkeypatch: pytest.MonkeyPatch):
+    snapshot, own = families([4, 3, 5], noise=0.3)
+    C_TT = similarity(snapshot)
+    ordered = cluster(C_TT)
+    monkeypatch.setattr(routing, "_ORDERED", 11)
+    found = cluster(C_TT)
+    plain = linkage(squareform((1 - C_TT).fill_diagonal_(0).numpy(), checks=False), "average")
+    assert np.allclose(found.linkage, plain) and found.order != ordered.order
+    assert sum(own[a] != own[b] for a, b in zip(found.order, found.order[1:], strict=False)) == 2
 
 
 def test_unseen_tasks_join_last():
