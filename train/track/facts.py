@@ -132,8 +132,10 @@ def check_folder(source: Path) -> None:
     """Whether there is a folder.
 
     Raises:
-        FactsError: it is no folder; names the nearest one.
+        FactsError: it is a file, or there is nothing; names the nearest folder.
     """
+    if source.is_file():
+        raise FactsError(f"{source}: a file; give the folder of a run")
     if not source.is_dir():
         raise FactsError(f"{source}: no such folder{nearest_folder(source)}")
 

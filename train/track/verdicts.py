@@ -137,7 +137,7 @@ def _conflict(
 ) -> str:
     known = "Which tasks fight is not known: "
     if conflict is None:
-        return known + "their gradients were not recorded (surgery.method and surgery.matrix_steps do)."
+        return known + "no cosines of gradients are here (surgery.method and surgery.matrix_steps log them)."
     rows, matrix = conflict
     C_RR = np.array(matrix, dtype=float)  # null, or "nan" of the log, is a row without a gradient
     first_P, second_P = np.triu_indices(len(rows), 1)

@@ -131,7 +131,7 @@ def broken_results(run: Path) -> Path:
     [
         (lambda run: run.parent / "rum", "rum: no such folder; the nearest is .*run$"),
         (lambda run: run.parent / "far" / "away", "away: no such folder$"),
-        (lambda run: run / "config.yaml", "config.yaml: no such folder"),
+        (lambda run: run / "config.yaml", "config.yaml: a file; give the folder"),
         (lambda run: run.parent, "neither a run folder .*; there are run$"),
         (empty, r"empty: neither a run folder \(config.yaml\), a checkpoint .* nor a saved adapter"),
         (half_written, "checkpoint-20.tmp: a checkpoint that was not written to its end$"),
