@@ -51,7 +51,7 @@ BASE = Config(
     warmup_ratio=0.0,
     phases=(PhaseConfig(train=("base", "experts", "router")),),
     evaluation=EvaluationConfig(max_new_tokens=3),
-    report_to="none",
+    report_to=("none",),
 )  # fmt: skip
 ALONE = Ranks(0, 1, 0, torch.device("cpu"), owns_group=False)
 
