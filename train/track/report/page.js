@@ -94,7 +94,7 @@ function expertNote() {
     .map(([value, task, layer]) => `${data.tasks.label[task]} (${percent(value)} in ${groups[layer].label})`);
   const where = dead.length ? `; nobody uses it in ${listed(dead.map((g) => g.label))}` : "";
   return `${with_it.length} of ${groups.length} layers have an expert ${state.number}${where}. ` +
-    `Used most by ${first.join(", ")}.`;
+    (first.length ? `Used most by ${first.join(", ")}.` : "No task uses it.");
 }
 
 function listed(texts) {

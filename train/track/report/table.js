@@ -13,11 +13,13 @@ function tableColumns() {
 function fillTable() {
   const columns = tableColumns();
   const wanted = byId("search").value.toLowerCase();
-  const tasks = data.order.filter((task) =>
+  let tasks = data.order.filter((task) =>
     `${data.tasks.name[task]} ${groupOf(task)}`.toLowerCase().includes(wanted));
   if (sorting.column >= 0) {
     const value = columns[sorting.column][1];
-    tasks.sort((a, b) => compare(value(a), value(b)) * (sorting.down ? -1 : 1));
+    const known = tasks.filter((task) => value(task) !== null);
+    known.sort((a, b) => compare(value(a), value(b)) * (sorting.down ? -1 : 1));
+    tasks = [...known, ...tasks.filter((task) => value(task) === null)]; // unknown ones last, either way
   }
   byId("count").textContent = `${tasks.length.toLocaleString("en")} of ${T.toLocaleString("en")} tasks`;
   const isNumber = columns.map(([, value]) => data.order.some((task) => typeof value(task) === "number"));
@@ -55,7 +57,6 @@ function headCell(title, column, isNumber) {
 }
 
 function compare(a, b) {
-  if (a === null || b === null) return (a === null) - (b === null);
   return typeof a === "number" ? a - b : compareText(a, b);
 }
 

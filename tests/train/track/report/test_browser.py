@@ -221,6 +221,13 @@ def test_the_table_sorts_and_finds(
     assert epochs == sorted(epochs) and len(set(epochs)) == 12
     view.after(lambda: view.page.click("#table thead button:text('epochs')"), "table")
     assert [float(text) for text in column(4)] == epochs[::-1]
+    facts = make_facts()
+    gone = f"train/epochs/{facts.tasks[4].slug}"
+    some = open_report(make_facts(log=[{k: v for k, v in line.items() if k != gone} for line in facts.log]))
+    some.drawn("table")
+    for _ in range(2):  # rising, then falling
+        some.after(lambda: some.page.click("#table thead button:text('epochs')"), "table")
+        assert some.page.locator("#table tbody tr > :nth-child(4)").last.text_content() == "–"
     view.after(lambda: view.page.fill("#search", "MIRROR"), "table")
     assert set(column(2)) == {"mirror"} and view.page.text_content("#count") == "4 of 12 tasks"
 
