@@ -51,7 +51,8 @@ def folders(
     """All tokens, of a command that takes folders and no settings."""
     wrong = [token for token in tokens if token.startswith("--")] or tokens[most or len(tokens) :]
     if len(tokens) < fewest or wrong:
-        found = f"unexpected argument {wrong[0]!r}" if wrong else f"{what} is missing"
+        missing = f"{what} are needed, not {tokens[0]!r} alone" if tokens else f"{what} is missing"
+        found = f"unexpected argument {wrong[0]!r}" if wrong else missing
         raise UsageError(f"{command}: {found}; see taskmoe {command} --help")
     return tokens
 

@@ -193,7 +193,7 @@ def test_runs_that_cannot_be_compared(arm: Callable[..., str], tmp_path: Path) -
     "argv, message",
     [
         (["compare"], "compare: RUN1 RUN2 is missing"),
-        (["compare", "one"], "compare: RUN1 RUN2 is missing"),
+        (["compare", "one"], "compare: RUN1 RUN2 are needed, not 'one' alone"),
         (["compare", "one", "two", "--jsn"], "compare: unexpected argument '--jsn'"),
         (["compare", "one", "two"], "one: no such folder"),
         (["compare", "one", "two", "--markdown", "far/away.md"], "--markdown: far/away.md lies in a folder"),
