@@ -104,10 +104,11 @@ def save(
     return final
 
 
-def verify(folder: str | Path, *, hashes: bool = True) -> str | None:
+def verify(folder: str | Path, *, hashes: bool | Collection[str] = True) -> str | None:
     """None when every file of the manifest is there as it was written; else what is wrong, in one phrase.
 
-    Files beside the manifest's do not matter. Without `hashes` only presence and sizes are looked at.
+    Files beside the manifest's do not matter. Without `hashes` only presence and sizes are looked at; with a
+    list of names the bytes of these files alone.
     """
     folder = Path(folder)
     try:
@@ -132,7 +133,8 @@ def verify(folder: str | Path, *, hashes: bool = True) -> str | None:
             found = path.stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
-            if hashes and _sha256(path) != digest:
+            read = hashes if isinstance(hashes, bool) else name in hashes
+            if read and _sha256(path) != digest:
                 return f"{name} is not as it was written (sha256 differs)"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -141,12 +143,12 @@ def verify(folder: str | Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def find(run_dir: str | Path, resume: str = "true") -> Path:
+def find(run_dir: str | Path, resume: str = "true", *, hashes: bool | Collection[str] = True) -> Path:
     """The checkpoint to resume from.
 
     `resume` as in `resume_from_checkpoint`: "true" takes the newest whole checkpoint of `run_dir`, and says
     on stderr which damaged ones it passed over; a path names a checkpoint, or a run folder to search.
-    "Newest" is what `latest` names, then the time of writing.
+    "Newest" is what `latest` names, then the time of writing. `hashes` as in `verify`.
 
     Raises:
         CheckpointError: there is no whole checkpoint; names the folder and what is wrong with each one found.
@@ -158,7 +160,7 @@ def find(run_dir: str | Path, resume: str = "true") -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"resume_from_checkpoint: there is no folder {folder}")
     if FOLDER.fullmatch(folder.name) or (folder / MANIFEST).exists():
-        if (reason := verify(folder)) is None:
+        if (reason := verify(folder, hashes=hashes)) is None:
             return folder
         others = [path.name for path in _newest_first(folder.parent) if path != folder]
         hint = f"; other checkpoints there: {', '.join(others)}" if others else ""
@@ -166,7 +168,7 @@ def find(run_dir: str | Path, resume: str = "true") -> Path:
     _recover(folder)
     damaged: list[str] = []
     for path in _newest_first(folder):
-        if (reason := verify(path)) is None:
+        if (reason := verify(path, hashes=hashes)) is None:
             for line in damaged:
                 print(f"taskmoe: skipped the damaged checkpoint {line}", file=sys.stderr)
             return path

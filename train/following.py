@@ -21,7 +21,7 @@ from taskmoe.train.mixing import excess, rates
 from taskmoe.train.schedule import Phase
 from taskmoe.train.step_surgery import surgery_line
 from taskmoe.train.summary import phase_lines
-from taskmoe.train.track.facts import FIRST
+from taskmoe.train.track.facts import FIRST, last_conflict, read_run_log
 from taskmoe.train.track.media import Media
 from taskmoe.train.track.routing import metrics as routing_metrics
 from taskmoe.train.track.tracker import Tracker
@@ -51,9 +51,11 @@ class Following:
         self.config, self.folder, self.ranks, self.tasks, self.meter = config, folder, ranks, tasks, meter
         self.tracker = Tracker(config, folder, ranks, tasks, state)
         self._first: Snapshot | None = None
-        if ranks.is_main and state is not None and (folder / FIRST).exists():
-            self._first = Snapshot.load(folder / FIRST)
         self._conflict: tuple[list[list[str]], list[list[float]]] | None = None
+        if ranks.is_main and state is not None:  # the log is cut to the step of the checkpoint by now
+            self._conflict = last_conflict(read_run_log(folder))
+            if (folder / FIRST).exists():
+                self._first = Snapshot.load(folder / FIRST)
         self._logged_at = time.monotonic()
         self._spent = 0.0  # seconds since the last line ...
         self._spent_in_all = 0.0  # ... and before it

@@ -157,6 +157,17 @@ def test_the_one_just_written_stays_although_older_ones_have_higher_steps(tmp_pa
     assert names(tmp_path) == ["checkpoint-15", "checkpoint-30", "latest"]
 
 
+def test_only_what_is_read_may_be_looked_at(tmp_path):
+    folder = store(tmp_path, 1)
+    flip(folder)
+    name = "deepspeed/tag/optim_rank_0.pt"
+    assert checkpoint.verify(folder, hashes=("trainer_state.json",)) is None
+    assert checkpoint.find(tmp_path, hashes=("trainer_state.json",)) == folder
+    assert f"{name} is not as it was written" in str(checkpoint.verify(folder, hashes=(name,)))
+    truncate(folder)
+    assert "adapter_model" in str(checkpoint.verify(folder, hashes=()))  # sizes are always looked at
+
+
 def test_damaged_checkpoints_do_not_push_out_a_whole_one(tmp_path):
     store(tmp_path, 1)
     for step in (2, 3):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from taskmoe.moe import TaskMoEConfig
+from taskmoe.moe import TaskMoEConfig, TaskTable, attach
 from taskmoe.moe.snapshot import FILE, SUMS, Snapshot
 from taskmoe.train.config import (
     Config,
@@ -19,17 +20,21 @@ from taskmoe.train.config import (
     TokenizerConfig,
     TrackConfig,
 )
+from taskmoe.train.distributed import Ranks
+from taskmoe.train.following import Following
 from taskmoe.train.loop import train
+from taskmoe.train.meter import Meter
 from taskmoe.train.track.facts import FIRST
-from taskmoe.train.track.log import read_log
+from taskmoe.train.track.log import JsonlLog, read_log
 from taskmoe.train.track.routing import group_keys, metrics
+from taskmoe.train.track.tracker import LOG_NAME
 
 TASK = TaskMoEConfig(r=2, num_experts=3, router_init_std=0.5)
 TOKEN = TaskMoEConfig(r=2, num_experts=3, router="token_linear", lora_dropout=0.2)
 GYM = {"num_tasks": 3, "num_skills": 4, "train_rows": 48, "validation_rows": 4, "test_rows": 4}
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 BASE = Config(
-    model={"type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
-           "num_attention_heads": 2, "num_key_value_heads": 2},
+    model={"type": "llama", **SIZES, "num_key_value_heads": 2},
     tokenizer=TokenizerConfig(kind="wordlevel", vocab_size=32),
     data=DataConfig(skill_gym=SkillGymConfig(**GYM, alphabet_size=8, max_string_length=4), max_length=16),
     mixing=MixingConfig(strategy="equal"),
@@ -109,6 +114,23 @@ def test_following_changes_nothing(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert not (tmp_path / "plain" / "report.html").exists()
     assert (tmp_path / "followed" / "report.html").stat().st_size > 10_000
+
+
+def test_a_resumed_run_knows_who_fought(tmp_path):
+    log = JsonlLog(tmp_path / LOG_NAME)
+    for step, cosine in ((4, -0.5), (8, 0.5)):
+        log.write(
+            step, "train", {"grad/rows": [["a"], ["b"]], "grad/cosine_matrix": [[1, cosine], [cosine, 1]]}
+        )
+    log.close()
+    tasks, alone = TaskTable.from_names(["a", "b"]), Ranks(0, 1, 0, torch.device("cpu"))
+    following = Following(BASE, tmp_path, alone, tasks, Meter(tasks, [1, 1]), {"step": 4})
+    shown = []
+    following.tracker.log_media = lambda step, media: shown.append(media.conflict)
+    model = attach(LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=8)), TASK, tasks)
+    following.show(5, model, None)
+    following.close("interrupted")
+    assert shown == [([["a"], ["b"]], [[1.0, -0.5], [-0.5, 1.0]])]
 
 
 def run_one(config):

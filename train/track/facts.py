@@ -26,6 +26,7 @@ from taskmoe.train.track.wandb_log import without_secrets
 
 RESULTS = "eval_results.json"
 FIRST = "routing/step-0.safetensors"  # what the routing was before it learned
+READ = (ROUTING, TASKS, ADAPTER, checkpoint.STATE)  # what is read of a checkpoint
 HALF_WRITTEN = re.compile(r"checkpoint-\d+\.tmp")
 UNFINITE = ("nan", "inf", "-inf")  # how the log writes numbers that JSON lacks
 
@@ -90,7 +91,7 @@ def gather(path: str | Path) -> Facts:
         first=Snapshot.load(first) if inside and first.is_file() else None,
         log=log,
         results=results if results is not None and results.get("step") == step else None,
-        conflict=_last_conflict(log),
+        conflict=last_conflict(log),
     )
 
 
@@ -158,9 +159,10 @@ def _locate(source: Path) -> tuple[str, Path]:
 
 
 def _whole(source: Path) -> Path:
-    """The checkpoint that is meant, once every byte has proved to be as it was written."""
+    """The checkpoint that is meant, once it has proved whole: of weights and optimiser, which nobody reads
+    here, the sizes alone."""
     try:
-        return checkpoint.find(source)
+        return checkpoint.find(source, hashes=READ)
     except checkpoint.CheckpointError as error:
         reason = str(error).removeprefix("resume_from_checkpoint: ")
         if "no checkpoint-N" in reason:
@@ -184,7 +186,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _last_conflict(log: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[list[float]]] | None:
+def last_conflict(log: Sequence[Mapping[str, Any]]) -> tuple[list[list[str]], list[list[float]]] | None:
+    """``grad/rows`` and ``grad/cosine_matrix`` of the last line that has them."""
     for line in reversed(log):
         if "grad/cosine_matrix" in line:
             cosines = [
