@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from taskmoe.moe import CollapseError
+from taskmoe.moe import CollapseError, ConfigError
 from taskmoe.moe.own_rows import OwnRows
 from taskmoe.train.adapt.data import NewTasks, Shots, draw_shots, read_new_tasks
 from taskmoe.train.adapt.fit import Fitted, Fitter
@@ -111,7 +111,7 @@ def adapt(
                     subject = None  # one model at a time
                     subject = kind(opened, new, settings, Path(scratch), device)
                 jobs = _jobs(name, subject, shots, seeds)
-            except (AdaptError, CollapseError) as error:
+            except (AdaptError, CollapseError, ConfigError) as error:
                 if len(modes) == 1:
                     raise
                 study.remarks.append(f"{name}: {str(error).removeprefix(f'--mode {name}: ')}")

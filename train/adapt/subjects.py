@@ -29,8 +29,10 @@ from taskmoe.train.adapt.data import NewTasks
 from taskmoe.train.adapt.settings import AdaptError, AdaptSettings
 from taskmoe.train.adapt.starts import Retriever
 from taskmoe.train.config import Config, PhaseConfig
+from taskmoe.train.config_io import load
 from taskmoe.train.data.bundle import TaskSplit
 from taskmoe.train.data.collator import Collator
+from taskmoe.train.run_folder import CONFIG
 from taskmoe.train.setup import Data, build_moe
 from taskmoe.train.task_vectors import MAKERS
 from taskmoe.train.trained_run import ALONE, OpenRun, has_own_base
@@ -110,14 +112,17 @@ class Mixture(Subject):
     def _with_vectors(self, names: list[str]) -> TaskMoEConfig:
         """Where a run makes the vectors of its tasks, those of new ones are made as it made them."""
         run, moe = self.run, self.run.config.moe
+        as_begun = load(run.home / CONFIG, ["--deepspeed=null"])  # before it named the file that it made
         kind = choices_in_use(moe).get("representation")
         if kind not in MAKERS:
             return moe
-        options, bundle = options_of("representation", moe, kind), self.new.bundle
+        options, bundle = options_of("representation", as_begun.moe, kind), self.new.bundle
+        if options.path is not None:
+            return moe  # the file that was given must have them
         data = Data(run.tokenizer, bundle, Collator(run.tokenizer, run.config.task_type, len(bundle.tasks)))
         made = MAKERS[kind](run.config, data, ALONE, options, names)
         path = self.scratch / FILE
-        write_vectors({**read_vectors(options.path), **made}, path)
+        write_vectors({**read_vectors(run.checkpoint / FILE), **made}, path)
         return with_vectors(moe, str(path))
 
     def base_weights(self) -> Path | None:
@@ -237,12 +242,19 @@ def uniform_pairs(model: TaskMoEModel) -> dict[str, Pair]:
 
     Raises:
         CollapseError: experts that are no product of two factors.
+        AdaptError: tokens choose parts of experts, which are not counted as these are.
     """
-    tokens = {
-        name: torch.full((len(model.tasks), 1, E), 1 / E)
-        for name, m in model.base_model.named_modules()
-        if isinstance(m, MoELinear) and m.token_routing is not None
-        for E in [len(m.bank.get_parameter(m.bank.by_expert[-1]))]
-    }
+    linears = {n: m for n, m in model.base_model.named_modules() if isinstance(m, MoELinear)}
+    tokens: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        if linear.token_routing is None:
+            continue
+        if not linear.bank.by_expert:
+            raise AdaptError(
+                f"--mode mean: moe.bank {model.moe_config.bank!r} mixes parts of experts for each token, "
+                "which have no common mean; use router+experts or new_lora"
+            )
+        E = len(linear.bank.get_parameter(linear.bank.by_expert[-1]))
+        tokens[name] = torch.full((len(model.tasks), 1, E), 1 / E)
     with model.uniform_gates():
         return collapse(model, 0, tokens or None)

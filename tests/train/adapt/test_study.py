@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import torch
 
 from taskmoe.moe import ConfigError, TaskMoEConfig
 from taskmoe.moe.dry_run import example_inputs
+from taskmoe.moe.representations.files import read_vectors
 from taskmoe.train.adapt.modes import MODES
-from taskmoe.train.adapt.settings import AdaptError
+from taskmoe.train.adapt.settings import AdaptError, AdaptSettings
 from taskmoe.train.adapt.study import adapt
 from taskmoe.train.commands import adapt as command
+from taskmoe.train.config import Config, DataConfig, DatasetConfig, TokenizerConfig
 from taskmoe.train.config_io import load
 from taskmoe.train.export import export_run
 from taskmoe.train.loop import train
+from taskmoe.train.models import build_model
 from taskmoe.train.run_eval import score_run
-from taskmoe.train.trained_run import load_run
+from taskmoe.train.task_vectors import text_vectors
+from taskmoe.train.trained_run import load_run, open_run
 
 LEARNS = ("router", "router+experts", "mean", "new_lora")
 
@@ -178,3 +183,67 @@ def test_results_are_replaced_only_when_asked(run, settings, tmp_path):
     with pytest.raises(AdaptError, match="holds other things than results of adapt"):
         adapt(run, settings(), ["zero"], out=out, force=True)
     assert (out / "config.yaml").is_file()
+
+
+def test_vectors_of_new_tasks_are_made_as_the_run_made_its_own(run_with, tmp_path, settings, new_tasks):
+    options = {"rows": 4, "targets": True}
+    moe = TaskMoEConfig(
+        r=2, num_experts=2, representation="text", representation_options=options, router="task_linear"
+    )
+    folder = run_with(tmp_path, moe, ("base", "experts", "router"))
+    out = tmp_path / "out"
+    (score,) = adapt(folder, settings(datasets=new_tasks[:1]), ["zero"], out=out).scores
+    assert score.parameters == 0
+    before = read_vectors(load_run(folder).checkpoint / "task_vectors.safetensors")
+    after = read_vectors(load_run(out).checkpoint / "task_vectors.safetensors")
+    assert set(after) - set(before) == {"citrus"}
+    assert all(torch.equal(after[name], vector) for name, vector in before.items())
+    opened = open_run(folder)  # the first rows with their answers, read by the base as it was at the start
+    untrained = build_model(opened.config, opened.tokenizer, opened.tasks)
+    texts = {"citrus": [f"w{i % 4} w{i % 3} no" for i in range(4)]}
+    expected = text_vectors(untrained, opened.tokenizer, texts)["citrus"]
+    assert torch.allclose(after["citrus"], expected, atol=1e-6)
+    for task in ("apple", "berry"):
+        assert torch.equal(logits(out, task), logits(folder, task))
+    with pytest.raises(AdaptError, match=r"--mode router: .* nothing that belongs to one task"):
+        adapt(folder, settings(datasets=new_tasks[:1]), ["router"], (8,))
+
+
+def test_classifiers_learn_a_head_whatever_the_mode(tmp_path):
+    """The labels are new, so without a head no answer is right."""
+    labels = {"irony": ("no", "yes"), "mood": ("bad", "ok"), "tone": ("cold", "warm")}
+    for task, names in labels.items():
+        (tmp_path / task).mkdir()
+        rows = [{"text": f"{word} w{i % 3}", "label": label} for i in range(8) for word, label in
+                zip(("dark", "light"), names, strict=True)]  # fmt: skip
+        for split in ("train", "test"):
+            (tmp_path / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    entries = {name: DatasetConfig(name=name, path=str(tmp_path / name)) for name in labels}
+    config = Config(
+        model={
+            "type": "bert", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        },
+        tokenizer=TokenizerConfig(kind="wordlevel", vocab_size=32),
+        task_type="SEQ_CLS",
+        moe=TaskMoEConfig(r=2, num_experts=2),
+        datasets=(entries["irony"], entries["mood"]),
+        data=DataConfig(max_length=16, cache_dir=str(tmp_path / "cache")),
+        max_steps=2,
+        report_to=(),
+        output_dir=str(tmp_path / "run"),
+        eval_split="test",
+    )  # fmt: skip
+    assert train(config) == 0
+    new = AdaptSettings(datasets=(entries["tone"],), max_steps=30, learning_rate=0.03)
+    modes = [mode for mode in MODES if mode != "nearest"]
+    found = adapt(tmp_path / "run", new, modes, (16,), out=tmp_path / "out")
+    assert [s.mode for s in found.scores] == modes and not found.remarks
+    assert all(s.steps > 0 and s.loss < math.log(2) for s in found.scores), "better than by chance"
+    assert {s.mode for s in found.scores if s.value == 1.0} >= {"router+experts", "mean", "new_lora"}
+    head = next(s.parameters for s in found.scores if s.mode == "zero")
+    assert all(s.parameters > head for s in found.scores if s.mode in LEARNS) and head > 0
+    for score in found.scores:
+        assert score_run(score.folder, split="test")[1]["tasks"]["tone"]["accuracy"] == score.value
+    with pytest.raises(AdaptError, match="no task of the run has the labels cold, warm of 'tone'"):
+        adapt(tmp_path / "run", new, ["nearest"], (16,))
