@@ -132,7 +132,7 @@ def draw_shots(split: TaskSplit, name: str, shots: int | None, seed: int, valida
     """Draw ``shots`` rows of a task (None: all), of labels as evenly as there are rows of them.
 
     The first 16 of 64 shots are the 16 of the same seed. ``validation`` of them are kept apart, at least one
-    where there are two.
+    where there are two, and never all.
 
     Raises:
         AdaptError: the task has fewer rows.
@@ -142,7 +142,9 @@ def draw_shots(split: TaskSplit, name: str, shots: int | None, seed: int, valida
         raise AdaptError(f"--shots {shots}: task {name!r} has {len(rows)} training rows; give at most that")
     random.Random(f"{seed}:{name}").shuffle(rows)
     chosen = _by_turns(rows, [split.raw[i]["label"] for i in rows])[:shots]
-    kept = max(1, round(validation * len(chosen))) if validation and len(chosen) > 1 else 0
+    kept = 0
+    if validation and len(chosen) > 1:
+        kept = min(max(1, round(validation * len(chosen))), len(chosen) - 1)
     return Shots(chosen[: len(chosen) - kept], chosen[len(chosen) - kept :])
 
 

@@ -6,7 +6,8 @@ Legend: n targets, T tasks.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,7 +117,7 @@ class Fitter:
             group["lr"] = factor * self.rates.get(group["name"], self.main)
         self.model.train()
         optimizer.zero_grad()
-        for batch in self._batches(rows):
+        for batch in self._batches(rows.items()):
             losses_n, tasks_n = self._losses(batch, self.config.label_smoothing_factor)
             counts_T = torch.bincount(tasks_n)
             (losses_n / counts_T[tasks_n]).sum().backward()
@@ -125,13 +126,17 @@ class Fitter:
     @torch.no_grad()
     def _validate(self, tasks: Sequence[int]) -> dict[int, float]:
         self.model.eval()
-        rows = {t: self.shots[t].validation for t in tasks if self.shots[t].validation}
-        found: dict[int, float] = {}
-        for batch in self._batches(rows):
+        size = self.config.per_device_eval_batch_size
+        rows = {t: self.shots[t].validation for t in tasks}
+        parts = [(t, own[at : at + size]) for t, own in rows.items() for at in range(0, len(own), size)]
+        sums, counts = defaultdict[int, float](float), Counter[int]()
+        for batch in self._batches(parts):
             losses_n, tasks_n = self._losses(batch, 0.0)
             for t in tasks_n.unique().tolist():
-                found[t] = float(losses_n[tasks_n == t].double().mean())
-        return found
+                mine_n = losses_n[tasks_n == t].double()
+                sums[t] += float(mine_n.sum())
+                counts[t] += len(mine_n)
+        return {t: total / counts[t] for t, total in sums.items()}
 
     def _losses(self, batch: dict[str, Any], smoothing: float) -> tuple[Tensor, Tensor]:
         inputs = model_inputs(batch, self.config.task_type, self.model.config, self.device)
@@ -140,11 +145,11 @@ class Fitter:
         )
         return losses_n, tasks_n
 
-    def _batches(self, rows: Mapping[int, Sequence[int]]) -> Iterator[dict[str, Any]]:
-        """All rows of a task in one batch, with those of others up to ``per_device_eval_batch_size``."""
+    def _batches(self, parts: Iterable[tuple[int, Sequence[int]]]) -> Iterator[dict[str, Any]]:
+        """Each task's rows in one batch, with those of others up to ``per_device_eval_batch_size``."""
         most = self.config.per_device_eval_batch_size
         waiting: list[dict[str, Any]] = []
-        for task, own in rows.items():
+        for task, own in parts:
             if waiting and len(waiting) + len(own) > most:
                 yield self.collate(waiting)
                 waiting = []

@@ -26,7 +26,7 @@ class AdaptSettings:
     max_steps: int = 200
     per_device_train_batch_size: int = 16  # rows of each task in a step, at most its shots
     learning_rate: float | None = None  # experts, LoRAs, heads; None: the run's
-    router_learning_rate: float | None = None  # rows of tasks; None: the run's
+    router_learning_rate: float | None = None  # rows of tasks; None: the run's, or 10 x a learning_rate given
     validation: float = 0.25  # share of the shots that is not learned from, but says when to stop; 0: none
     eval_steps: int = 10
     early_stopping_patience: int = 5  # looks at the validation rows without a better loss
@@ -59,4 +59,8 @@ def read_settings(path: str | Path, given: Mapping[str, str]) -> AdaptSettings:
         if value is not None and (value < low or (key == "validation" and value >= 1)):
             high = " and less than 1" if key == "validation" else ""
             raise ConfigError(f"{origins.get(key, path)}: {key}: {value} must be at least {low}{high}")
+    for key in ("learning_rate", "router_learning_rate"):
+        value = getattr(settings, key)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{origins.get(key, path)}: {key}: {value} must be more than 0")
     return settings

@@ -30,7 +30,9 @@ def test_fewer_shots_are_among_more_and_seeds_differ():
     assert sorted(draw_shots(split, "a", None, 3).all) == list(range(40))
 
 
-@pytest.mark.parametrize(("shots", "share", "kept"), [(16, 0.25, 4), (2, 0.1, 1), (1, 0.25, 0), (16, 0.0, 0)])
+@pytest.mark.parametrize(
+    ("shots", "share", "kept"), [(16, 0.25, 4), (2, 0.1, 1), (2, 0.9, 1), (1, 0.25, 0), (16, 0.0, 0)]
+)
 def test_a_share_is_kept_apart(shots, share, kept):
     found = draw_shots(split_of([None] * 20), "a", shots, 0, share)
     assert len(found.validation) == kept and len(found.train) == shots - kept

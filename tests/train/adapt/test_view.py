@@ -61,6 +61,8 @@ def test_each_key_is_an_option():
         ),
         ("root: x\nmax_steps: 0", {}, "max_steps: 0 must be at least 1"),
         ("root: x", {"learning_rate": "fast"}, "expected a number, found 'fast'"),
+        ("root: x", {"learning_rate": "0"}, "--learning_rate: learning_rate: 0.0 must be more than 0"),
+        ("root: x\nrouter_learning_rate: -1", {}, "router_learning_rate: -1.0 must be more than 0"),
     ],
 )
 def test_settings_that_cannot_be_used(tmp_path, text, given, message):
