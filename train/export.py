@@ -71,7 +71,7 @@ def export_run(
         check: read the result again and compare.
 
     Raises:
-        ExportError: options that do not go together, or ``out`` is in use.
+        ExportError: options that do not go together, or ``out`` is in use, or holds a run.
         CheckError: the result differs from the run: nothing is written then.
         CollapseError: a task cannot be written like that; says why.
         AverageError, SnapshotError: there are no gates of tokens to average.

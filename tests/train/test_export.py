@@ -230,6 +230,16 @@ def test_folders_in_use_are_left_alone(run_of, tmp_path, capsys) -> None:
         export_run(run, "all", out / "mine.txt", force=True)
 
 
+@torch.no_grad()
+def test_a_model_over_an_adapter_is_read_alone(run_of, tmp_path) -> None:
+    pytest.importorskip("peft")
+    run, out = run_of("generator"), tmp_path / "out"
+    export_run(run, "mood", out, check=False)
+    export_run(run, "mood", out, "merged", force=True, check=False)
+    expected, found = logits_of(run, out, "mood", loaded(out))
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
 def test_a_wrong_adapter_is_not_written(run_of, tmp_path, monkeypatch) -> None:
     pytest.importorskip("peft")
     true = export_formats.save_lora

@@ -83,7 +83,7 @@ def merge(
 
     Raises:
         MergeError: as ``gather``, or options that do not go together.
-        ExportError: ``out`` is in use.
+        ExportError: ``out`` is in use, or holds a run.
         ConfigError: a method, option or value that cannot be used, or a run's data cannot be read.
         TaskError: an unknown task.
     """
@@ -94,7 +94,7 @@ def merge(
     if len(given.loras) < 2:
         raise MergeError(f"{next(iter(given.loras), paths[0])} is the only LoRA: there is nothing to merge")
     home = given.runs[0] if given.runs else None
-    _check(given, home, kind, coefficients, held_in, target)
+    _check(given, home, kind, coefficients, held_in)
     # All methods give something proportional to the coefficient, so that one merge serves them all.
     once = merge_loras(list(given.loras.values()), method, 1.0, options, max_rank, _watch)
     chosen_by = list(held_in or given.tasks) if len(coefficients) > 1 else []
@@ -127,7 +127,6 @@ def _check(
     kind: str,
     coefficients: Sequence[float],
     held_in: Sequence[str] | None,
-    target: Path,
 ) -> None:
     several = len(coefficients) > 1
     if home is None and (several or kind == RUN):
@@ -140,8 +139,6 @@ def _check(
     for task in held_in or given.tasks if several else ():
         assert home is not None
         home.model.tasks.id(task)
-    if kind == RUN and any(path.name != "checkpoint-0" for path in target.glob("checkpoint-*")):
-        raise MergeError(f"--out: {target} holds a run; give another folder")
 
 
 def _watch(found: Iterable[Any], total: int) -> Iterable[Any]:

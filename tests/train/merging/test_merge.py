@@ -287,8 +287,9 @@ def test_what_cannot_be_merged(run_of, tmp_path) -> None:
         merge([run], "tie", out)
     with pytest.raises(MergeError, match=r"both/rum: no such folder; the nearest is .*both/run"):
         merge([run.removesuffix("n") + "m"], "ties", out)
-    with pytest.raises(MergeError, match="run holds a run; give another folder"):
-        merge([run], "ties", run, "run", force=True)
+    for kind in ("run", "peft"):
+        with pytest.raises(ExportError, match="run holds a run; give another folder"):
+            merge([run], "ties", run, kind, force=True)
     with pytest.raises(ExportError, match="is not empty"):
         merge([run], "ties", run)
     export_run(run_of("both"), "all", tmp_path / "loras", check=False)
