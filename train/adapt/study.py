@@ -98,8 +98,12 @@ def adapt(
     if target is not None:
         _require_free(target, force)
     opened = open_run(run)
+    if target is not None and opened.home.resolve().is_relative_to(target.resolve()):
+        raise AdaptError(f"--out: {target} holds the run that is adapted; give another folder")
     new = read_new_tasks(opened, settings)
     drawn = {(n, seed): _draw(new, settings, n, seed) for n in shots for seed in seeds}
+    if target is not None and target.is_dir():
+        shutil.rmtree(target)  # what is asked for can be read, so that an earlier result may go
     study = Study(str(run), new.eval_split, [new.table.names[t] for t in new.ids])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as scratch, _progress() as progress:
@@ -124,8 +128,8 @@ def adapt(
                 job = _Job(name, n, seed, subject, drawn[shots[0] if n == 0 else n, seed], place)
                 study.scores.extend(job.run(partial(progress.advance, bar)))
                 progress.update(bar, completed=(i + 1) * settings.max_steps)
-    if target is not None and study.scores:
-        _write(study, target / RESULT)
+                if target is not None:  # each time: by it the folder is known, should this be interrupted
+                    _write(study, target / RESULT)
     return study
 
 
@@ -224,6 +228,7 @@ def _write(study: Study, path: Path) -> None:
 
 
 def _require_free(target: Path, force: bool) -> None:
+    """Raises AdaptError unless ``target`` can be made, is empty, or may be replaced (``force``)."""
     if target.exists() and not target.is_dir():
         raise AdaptError(f"--out: {target} is a file; give a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -231,7 +236,6 @@ def _require_free(target: Path, force: bool) -> None:
             raise AdaptError(f"--out: {target} is not empty; give another folder, or --force to replace it")
         if not (target / RESULT).is_file():
             raise AdaptError(f"--out: {target} holds other things than results of adapt; give another folder")
-        shutil.rmtree(target)
 
 
 def _progress() -> Progress:

@@ -177,6 +177,13 @@ def test_results_are_replaced_only_when_asked(run, settings, tmp_path):
     adapt(run, settings(), ["zero"], out=out)
     with pytest.raises(AdaptError, match="is not empty; give another folder, or --force"):
         adapt(run, settings(), ["zero"], out=out)
+    for wrong in ({"run": tmp_path / "no run"}, {"shots": (99,)}):
+        with pytest.raises((ConfigError, AdaptError), match=r"no such run folder|--shots 99"):
+            adapt(**{"run": run, "settings": settings(), "modes": ["zero"], "out": out, **wrong}, force=True)
+        assert (out / "adapt.json").is_file(), "nothing goes before something can take its place"
+    for inside in (out, next(out.glob("checkpoint-*"))):
+        with pytest.raises(AdaptError, match="holds the run that is adapted"):
+            adapt(inside, settings(), ["zero"], out=out, force=True)
     adapt(run, settings(), ["nearest"], (8,), out=out, force=True)
     assert json.loads((out / "adapt.json").read_text())["scores"][0]["mode"] == "nearest"
     (out / "adapt.json").unlink()
