@@ -13,6 +13,7 @@ from taskmoe.moe.snapshot import FILE, Snapshot
 from taskmoe.train.data.bundle import TaskSplit
 from taskmoe.train.data.collator import Collator
 from taskmoe.train.objectives import model_inputs, token_losses
+from taskmoe.train.predict import spread
 from taskmoe.train.run_folder import TOKENIZER
 from taskmoe.train.setup import build_data
 from taskmoe.train.trained_run import ALONE, TrainedRun
@@ -44,7 +45,8 @@ def mean_gates(trained: TrainedRun) -> dict[str, Tensor]:
 
 
 class Losses:
-    """Mean losses over the target tokens of a task's rows, of the run's ``eval_split``.
+    """Mean losses over the target tokens of a task's rows, those of the run's ``eval_split`` that its own
+    evaluation reads.
 
     Raises:
         ConfigError, DataError: the run's data cannot be read.
@@ -67,8 +69,7 @@ class Losses:
     def of(self, task: int, plain: nn.Module | None = None) -> float:
         """Of the run, or of a plain model in its place; NaN for a task without rows."""
         config, split = self.trained.config, self.splits[task]
-        most = config.evaluation.max_rows
-        rows = range(len(split.tokens) if most is None else min(most, len(split.tokens)))
+        rows = spread(len(split.tokens), config.evaluation.max_rows)
         size = config.per_device_eval_batch_size
         total, count = 0.0, 0
         for first in range(0, len(rows), size):

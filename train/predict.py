@@ -61,7 +61,7 @@ class Predictor:
         if self.positions is not None:  # those of prompts are taken
             self.positions -= getattr(getattr(model, "prompts", None), "length", 0)
         most = config.evaluation.max_rows
-        self.rows = {task: _spread(len(split.tokens), most) for task, split in splits.items()}
+        self.rows = {task: spread(len(split.tokens), most) for task, split in splits.items()}
         # The labels' tokens, of the tasks whose labels are scored by likelihood.
         self.answers: dict[int, list[list[int]]] = {}
         self.reciprocal: dict[int, float] = {}  # FEATURE_EXTRACTION: mean of 1 / rank of the right text
@@ -266,7 +266,7 @@ def _in_order(results: list[Result], order: Sequence[int]) -> list[Result]:
     return sorted_back
 
 
-def _spread(rows: int, most: int | None) -> list[int]:
+def spread(rows: int, most: int | None) -> list[int]:
     """At most ``most`` of ``rows`` indices, evenly spread: files are often sorted by label."""
     if most is None or most >= rows:
         return list(range(rows))

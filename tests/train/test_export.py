@@ -23,6 +23,7 @@ from taskmoe.train import export_formats
 from taskmoe.train.cli import main
 from taskmoe.train.config_io import load
 from taskmoe.train.export import ExportError, export_run
+from taskmoe.train.export_average import Losses
 from taskmoe.train.export_check import CheckError
 from taskmoe.train.loop import train
 from taskmoe.train.run_eval import score_run
@@ -203,6 +204,14 @@ def test_tokens_are_refused_or_averaged_with_the_loss(run_of, tmp_path, capsys) 
     merged = tmp_path / "merged"
     export_run(run, "mood", merged, "merged", average=True)
     assert (merged / "config.json").is_file()
+
+
+def test_the_loss_is_of_the_rows_that_the_run_is_scored_on(run_of) -> None:
+    few = ["--evaluation.max_rows=2"]
+    scored, losses = score_run(run_of("tokens"), few)[1]["tasks"], Losses(load_run(run_of("tokens"), few))
+    for number, task in enumerate(LABELS):
+        assert scored[task]["rows"] == 2
+        assert losses.of(number) == pytest.approx(scored[task]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["instances", "draws"])
