@@ -136,9 +136,17 @@ def _check(
         raise MergeError("--held_in: has no effect with one coefficient; give several to choose from")
     if several and not held_in and not given.tasks:
         raise MergeError("--held_in: name the tasks that choose the coefficient: none was merged by name")
-    for task in held_in or given.tasks if several else ():
-        assert home is not None
+    if not several:
+        return
+    assert home is not None
+    for task in held_in or ():
         home.model.tasks.id(task)
+    strange = [task for task in given.tasks if task not in home.model.tasks]
+    if strange and not held_in:
+        raise MergeError(
+            f"--held_in: {strange[0]} was merged, but {home.home}, whose rows choose the coefficient, has no "
+            "such task; name tasks of it, or with --run a run that has all"
+        )
 
 
 def _watch(found: Iterable[Any], total: int) -> Iterable[Any]:
@@ -149,6 +157,8 @@ def _try(
     merged: MergedModel, coefficients: Sequence[float], held_in: Sequence[str], split: str
 ) -> list[Choice]:
     scorer, choices = Scorer(merged, split), []
+    if empty := [task for task in held_in if not scorer.rows(task)]:
+        raise MergeError(f"--held_in: {empty[0]} has no {split} rows; leave it out, or give another --split")
     for c in track(coefficients, "coefficients", console=Console(stderr=True), transient=True):
         found = scorer.of(c, held_in)
         scores = {task: own[own["metric"]] for task, own in found["tasks"].items()}

@@ -102,6 +102,11 @@ class Scorer:
         tasks = trained.model.tasks
         self.data = build_data(merged.config, ALONE, (split,), tasks, trained.home / TOKENIZER, to_stderr)
 
+    def rows(self, task: str) -> int:
+        """How many rows a task has in the split."""
+        number = self.merged.model.tasks.id(task)
+        return sum(len(s.tokens) for s in self.data.bundle.splits[self.split] if s.task == number)
+
     def of(self, coefficient: float, tasks: Sequence[str] | None = None) -> dict[str, Any]:
         """What :func:`taskmoe.train.evaluate.evaluate` says of these tasks, or of all.
 

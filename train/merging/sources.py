@@ -46,7 +46,7 @@ def gather(
     """Read all LoRAs.
 
     Args:
-        paths: runs, checkpoints, folders that peft wrote, or folders of these.
+        paths: runs, checkpoints, folders that peft wrote, or folders of such folders.
         over: what of a run is merged: what each of its tasks uses, or each of its experts.
         tasks: these of the runs' tasks alone.
         run: one that has the base, and the data to choose by, where no run is merged.
@@ -82,7 +82,7 @@ def gather(
     for base in bases[1:]:
         _require_same(bases[0], base)
     _require_no_whole_modules(runs, alone=len(bases) == 1)
-    return Gathered(loras, runs, merged_tasks, about_base)
+    return Gathered(loras, runs, list(dict.fromkeys(merged_tasks)), about_base)
 
 
 def _is_adapter(path: Path) -> bool:

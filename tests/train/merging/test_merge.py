@@ -62,7 +62,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         for task in tasks:
             (folder / "data" / task).mkdir(parents=True)
             rows = [a + b + c for a, b, c in ("abc", "cab", "bbc", "aac", "bca", "cba")]
-            for split in ("train", "validation"):
+            for split in ("train", "validation", *(["test"] if task == "copy" else [])):
                 lines = [{"input": text, "output": ANSWERS[task](text)} for text in rows]
                 if name == "pooled":
                     lines = [{"text": text, "label": ANSWERS[task](text)[0]} for text in rows]
@@ -244,6 +244,12 @@ def test_the_coefficient_is_chosen_on_held_in_tasks_alone(run_of, tmp_path, look
     assert looked_at == [[0, 1]] * 4
 
 
+def test_two_runs_of_one_task_choose_by_it_once(run_of, tmp_path, looked_at) -> None:
+    twice = [str(run_of("copy")), str(next(run_of("copy").glob("checkpoint-*")))]
+    found = merge(twice, "ties", tmp_path / "out", coefficients=[0.5, 1.0])
+    assert len(found.loras) == 2 and found.held_in == ["copy"] and looked_at == [[0]] * 2
+
+
 def test_real_rows_and_the_command_line(run_of, tmp_path, capfd) -> None:
     words = ["merge", *(str(run_of(name)) for name in ("copy", "reverse")), "--run", str(run_of("both"))]
     capfd.readouterr()  # what training said
@@ -283,6 +289,11 @@ def test_what_cannot_be_merged(run_of, tmp_path) -> None:
         merge([run], "ties", out, held_in=["copy"])
     with pytest.raises(MergeError, match="--held_in: name the tasks that choose the coefficient"):
         merge([run], "ties", out, over="experts", coefficients=[1.0, 2.0])
+    separate = [str(run_of(name)) for name in ("copy", "reverse")]
+    with pytest.raises(MergeError, match=r"reverse was merged, but .*copy/run, whose rows .*, has no such"):
+        merge(separate, "ties", out, coefficients=[1.0, 2.0])
+    with pytest.raises(MergeError, match="--held_in: reverse has no test rows; leave it out"):
+        merge([run], "ties", out, coefficients=[1.0, 2.0], held_in=["reverse"], split="test")
     with pytest.raises(ConfigError, match=r"merge.method: 'tie' is not one of .*; the nearest is 'ties'"):
         merge([run], "tie", out)
     with pytest.raises(MergeError, match=r"both/rum: no such folder; the nearest is .*both/run"):
