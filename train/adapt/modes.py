@@ -37,7 +37,8 @@ def by_text(subject: Subject, shots: Mapping[int, Shots]) -> dict[int, str]:
 
 
 def as_built(subject: Subject, shots: Mapping[int, Shots]) -> dict[int, str]:
-    """As its model is built."""
+    """As its model is built: of a mixture by the run's ``new_task_rows`` too, or the mean where that asks a
+    loss or draws."""
     return {}
 
 
@@ -63,7 +64,8 @@ class Mode:
 
     def check(self, name: str, subject: Subject) -> None:
         """Raises AdaptError where the run has nothing that this way could use."""
-        if self.start is by_rule and subject.run.config.moe.router == "fixed":
+        routed = self.subject is Mixture and self.start in (by_rule, as_built)
+        if routed and subject.run.config.moe.router == "fixed":
             raise AdaptError(
                 f"--mode {name}: moe.router 'fixed' is a map that is given, and sends a new task to no "
                 "expert; use nearest, retrieve, mean or new_lora"
@@ -72,10 +74,12 @@ class Mode:
             require_rows(subject.model, name)
 
     def reads_shots(self, subject: Subject) -> bool:
-        """Whether the result depends on what is drawn: it learns, or starts at what suits the shots."""
+        """Whether the result depends on what is drawn: it learns, starts at what suits the shots, or routes
+        by vectors that are made of them."""
         rule = self.start is by_rule and subject.run.config.moe.new_task_rows == "nearest"
         owned = OwnRows(subject.model, subject.ids[:1], self.groups, subject.axes, self.whole)
-        return bool(owned.parameters) or rule or self.start in (by_loss, by_text)
+        made = subject.makes_vectors or self.start in (by_loss, by_text)
+        return bool(owned.parameters) or rule or made
 
 
 MODES: dict[str, Mode] = {
@@ -85,5 +89,5 @@ MODES: dict[str, Mode] = {
     "new_lora": Mode(Loras, as_built, ("experts",)),
     "nearest": Mode(Mixture, by_loss, rows=True),
     "retrieve": Mode(Mixture, by_text, rows=True),  # ELM
-    "zero": Mode(Mixture, by_rule),
+    "zero": Mode(Mixture, as_built),
 }

@@ -167,8 +167,8 @@ class _Job:
         shots = {t - shift: s for t, s in self.shots.items()}
         alone = [[t] for t in subject.ids] if mode.whole else [subject.ids]
         for tasks in alone:
-            subject.begin(self.seed)
             mine = {t: shots[t] for t in tasks}
+            subject.begin(self.seed, mine)
             starts = mode.start(subject, mine)
             owned = OwnRows(subject.model, tasks, mode.groups, subject.axes, mode.whole)
             fitted = self._fit(mode, owned, mine, advance)

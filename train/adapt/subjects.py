@@ -5,10 +5,12 @@ Legend: E experts, T tasks, R rank, K d_in, N d_out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from taskmoe.moe.new_tasks import with_new_tasks
 from taskmoe.moe.options import options_of
 from taskmoe.moe.representations.files import FILE, read_vectors, write_vectors
 from taskmoe.moe.representations.kinds import with_vectors
-from taskmoe.train.adapt.data import NewTasks
+from taskmoe.train.adapt.data import NewTasks, Shots
 from taskmoe.train.adapt.settings import AdaptError, AdaptSettings
 from taskmoe.train.adapt.starts import Retriever
 from taskmoe.train.config import Config, PhaseConfig
@@ -43,12 +45,14 @@ class Subject:
     """A model with the new tasks in its table.
 
     config: of a run whose checkpoint it would be. ids: of the new tasks here. axes: {parameter: axis whose
-    index is a task's id}. known: how many tasks come before them.
+    index is a task's id}. known: how many tasks come before them. makes_vectors: whether rows of a task are
+    read for its vector.
     """
 
     config: Config
     model: TaskMoEModel
     known: int
+    makes_vectors = False
 
     def __init__(
         self, run: OpenRun, new: NewTasks, settings: AdaptSettings, scratch: Path, device: torch.device
@@ -76,8 +80,9 @@ class Subject:
         return Retriever(self.run.config, self.run.tasks, self.settings.encoder)
 
     @torch.no_grad()
-    def begin(self, seed: int) -> None:
-        """All that was attached is as it was built; what is drawn is drawn from the seed."""
+    def begin(self, seed: int, shots: Mapping[int, Shots]) -> None:
+        """All that was attached is as it was built; what is drawn is drawn from the seed, and what is made of
+        rows is made of the shots."""
         for name, tensor in self.model.adapter_tensors().items():
             tensor.copy_(self._start[name])
 
@@ -103,27 +108,49 @@ class Mixture(Subject):
                 f"a new task has {max(labels)} labels, and the heads of the run no more than "
                 f"{max(labels[: len(known)])}; use mean or new_lora"
             )
-        moe = with_new_tasks(self._with_vectors(names), known, names)
+        moe = with_new_tasks(self._with_room(names), known, names)
         rule = "mean" if moe.new_task_rows in ("random", "nearest") else moe.new_task_rows
         trained = run.load(self.new.table, replace(run.config, moe=replace(moe, new_task_rows=rule)))
         self.model, self.known = trained.model, len(known)
         self.config = replace(self.new.config, moe=moe)
 
-    def _with_vectors(self, names: list[str]) -> TaskMoEConfig:
-        """Where a run makes the vectors of its tasks, those of new ones are made as it made them."""
-        run, moe = self.run, self.run.config.moe
-        as_begun = load(run.home / CONFIG, ["--deepspeed=null"])  # before it named the file that it made
+    def _with_room(self, names: list[str]) -> TaskMoEConfig:
+        """Where a run makes the vectors of its tasks, a file in which :meth:`begin` has yet to fill in those
+        of new ones."""
+        moe = self.run.config.moe
         kind = choices_in_use(moe).get("representation")
-        if kind not in MAKERS:
-            return moe
-        options, bundle = options_of("representation", as_begun.moe, kind), self.new.bundle
-        if options.path is not None:
-            return moe  # the file that was given must have them
-        data = Data(run.tokenizer, bundle, Collator(run.tokenizer, run.config.task_type, len(bundle.tasks)))
-        made = MAKERS[kind](run.config, data, ALONE, options, names)
+        if kind not in MAKERS or self._options(kind).path is not None:
+            return moe  # a file that was given must have them
+        self.makes_vectors = True
+        known = read_vectors(self.run.checkpoint / FILE)
+        mean_D = torch.stack(list(known.values())).mean(0)
         path = self.scratch / FILE
-        write_vectors({**read_vectors(run.checkpoint / FILE), **made}, path)
+        write_vectors({**known, **dict.fromkeys(names, mean_D)}, path)
         return with_vectors(moe, str(path))
+
+    def _options(self, kind: Any) -> Any:
+        """Of the representation, as the run began: before it named the file that it made."""
+        as_begun = load(self.run.home / CONFIG, ["--deepspeed=null"])
+        return options_of("representation", as_begun.moe, kind)
+
+    @torch.no_grad()
+    def begin(self, seed: int, shots: Mapping[int, Shots]) -> None:
+        super().begin(seed, shots)
+        if not self.makes_vectors:
+            return
+        run, splits = self.run, list(self.new.bundle.splits["train"])
+        for t, split in self.split("train").items():
+            rows = shots[t].all if t in shots else []
+            splits[t] = TaskSplit(t, split.tokens.select(rows), [split.raw[i] for i in rows])
+        bundle = replace(self.new.bundle, splits={"train": splits})
+        data = Data(run.tokenizer, bundle, Collator(run.tokenizer, run.config.task_type, len(self.tasks)))
+        kind = choices_in_use(run.config.moe)["representation"]
+        with torch.enable_grad():
+            names = [self.tasks.names[t] for t in shots]
+            made = MAKERS[kind](run.config, data, ALONE, self._options(kind), names)
+        vectors_TD = self.model.get_buffer("routing.representation.vectors_TD")
+        for name, vector_D in made.items():
+            vectors_TD[self.tasks.id(name)] = vector_D
 
     def base_weights(self) -> Path | None:
         path = self.run.checkpoint / BASE_WEIGHTS
@@ -183,8 +210,8 @@ class Loras(Subject):
         """A task's expert has its number."""
         return {**task_dims(self.model), **{name: 0 for name, _ in self._factors()}}
 
-    def begin(self, seed: int) -> None:
-        super().begin(seed)
+    def begin(self, seed: int, shots: Mapping[int, Shots]) -> None:
+        super().begin(seed, shots)
         self._draw(seed)
 
     def _factors(self) -> list[tuple[str, Tensor]]:

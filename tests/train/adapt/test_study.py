@@ -13,6 +13,7 @@ import torch
 from taskmoe.moe import ConfigError, TaskMoEConfig
 from taskmoe.moe.dry_run import example_inputs
 from taskmoe.moe.representations.files import read_vectors
+from taskmoe.train.adapt.data import draw_shots, read_new_tasks
 from taskmoe.train.adapt.modes import MODES
 from taskmoe.train.adapt.settings import AdaptError, AdaptSettings
 from taskmoe.train.adapt.study import adapt
@@ -172,6 +173,16 @@ def test_a_given_map_sends_new_tasks_to_an_expert(run_with, tmp_path, settings):
     assert torch.equal(logits(tmp_path / "out", "citrus"), logits(folder, "berry"))
 
 
+def test_zero_reads_nothing_where_the_run_starts_new_tasks_at_the_nearest(run, settings, monkeypatch):
+    opened = open_run(run)
+    moe = replace(opened.config.moe, new_task_rows="nearest")
+    near = replace(opened, config=replace(opened.config, moe=moe))
+    monkeypatch.setattr("taskmoe.train.adapt.study.open_run", lambda path: near)
+    only = settings(datasets=settings().datasets[:1], max_steps=1)
+    zero, router = adapt(run, only, ["zero", "router"], (8,)).scores
+    assert (zero.shots, zero.start) == (0, None) and (router.shots, router.start) == (8, "berry")
+
+
 def test_results_are_replaced_only_when_asked(run, settings, tmp_path):
     out = tmp_path / "out"
     adapt(run, settings(), ["zero"], out=out)
@@ -192,22 +203,27 @@ def test_results_are_replaced_only_when_asked(run, settings, tmp_path):
     assert (out / "config.yaml").is_file()
 
 
-def test_vectors_of_new_tasks_are_made_as_the_run_made_its_own(run_with, tmp_path, settings, new_tasks):
+def test_vectors_of_new_tasks_are_made_of_the_shots_as_the_run_made_its_own(
+    run_with, tmp_path, settings, new_tasks
+):
     options = {"rows": 4, "targets": True}
     moe = TaskMoEConfig(
         r=2, num_experts=2, representation="text", representation_options=options, router="task_linear"
     )
     folder = run_with(tmp_path, moe, ("base", "experts", "router"))
     out = tmp_path / "out"
-    (score,) = adapt(folder, settings(datasets=new_tasks[:1]), ["zero"], out=out).scores
-    assert score.parameters == 0
+    (score,) = adapt(folder, settings(datasets=new_tasks[:1]), ["zero"], (3,), out=out).scores
+    assert (score.parameters, score.shots) == (0, 3)
     before = read_vectors(load_run(folder).checkpoint / "task_vectors.safetensors")
     after = read_vectors(load_run(out).checkpoint / "task_vectors.safetensors")
     assert set(after) - set(before) == {"citrus"}
     assert all(torch.equal(after[name], vector) for name, vector in before.items())
-    opened = open_run(folder)  # the first rows with their answers, read by the base as it was at the start
+    opened = open_run(folder)  # the shots with their answers, read by the base as it was at the start
     untrained = build_model(opened.config, opened.tokenizer, opened.tasks)
-    texts = {"citrus": [f"w{i % 4} w{i % 3} no" for i in range(4)]}
+    new = read_new_tasks(opened, settings(datasets=new_tasks[:1]))
+    drawn = draw_shots(new.train(2), "citrus", 3, 0).all
+    assert drawn != [0, 1, 2]
+    texts = {"citrus": [f"w{i % 4} w{i % 3} no" for i in drawn]}
     expected = text_vectors(untrained, opened.tokenizer, texts)["citrus"]
     assert torch.allclose(after["citrus"], expected, atol=1e-6)
     for task in ("apple", "berry"):
