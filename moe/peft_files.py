@@ -21,7 +21,16 @@ from taskmoe.moe.config import ConfigError
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings under which a LoRA is more than B A x, and the value that it must have instead.
-PLAIN: dict[str, Any] = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False}
+PLAIN: dict[str, Any] = {
+    "use_dora": False,
+    "use_qalora": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+}
+# Ways to start that take from the base what they put into A and B: peft does so again when it loads them.
+BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,12 @@ def read_lora(folder: str | Path, key: str) -> Lora:
             raise ConfigError(
                 f"{key}: {folder}: {name} is {config[name]!r}, but only A and B can be imported; leave it out"
             )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(BASE_CHANGES):
+        raise ConfigError(
+            f"{key}: {folder}: init_lora_weights is {start!r}, which changes the base too; convert it to a "
+            "plain LoRA (peft's path_initial_model_for_weight_conversion), or leave it out"
+        )
     weights = folder / "adapter_model.safetensors"
     try:
         state = load_file(weights)
@@ -103,5 +118,4 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 
 
 def _names(pattern: str, module: str) -> bool:
-
     return re.match(rf"(.*\.)?({pattern})$", module) is not None

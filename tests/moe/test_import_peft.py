@@ -163,6 +163,9 @@ def test_an_import_that_trains_goes_on_training_once_loaded(saved, tiny, tmp_pat
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
+        ({"alora_invocation_tokens": [5, 7]}, "alora_invocation_tokens is"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes the base too"),
     ],
 )
 def test_adapters_that_are_more_than_a_lora_are_refused(change, message, saved, tiny):
