@@ -23,6 +23,7 @@ os.environ.update(
     WANDB_MODE="disabled",  # tests of the wandb log set it themselves
     OMP_NUM_THREADS="1",
 )
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are for a pipe
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_PREFIXES = ("deepspeed", "torch_", "psm_")  # DeepSpeed's buffers, torch's and Python's segments

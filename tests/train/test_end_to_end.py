@@ -147,7 +147,7 @@ def test_stopped_by_sigterm_and_resumed_to_the_end(
     # Two ranks of two rows: what the tasks have seen adds up over the interruption.
     rows = [sum(v * 40 for k, v in line.items() if k.startswith("train/epochs/")) for line in trained]
     assert rows == pytest.approx([4 * n for n in range(1, end + 1)])
-    assert [line["kind"] for line in log if line["step"] == end] == ["train", "eval", "end"]
+    assert [line["kind"] for line in log if line["step"] == end] == ["train", "eval", "routing", "end"]
     assert log[-1]["status"] == "finished"
 
 
