@@ -5,6 +5,7 @@ Legend: E experts, T tasks, R rank, K d_in, N d_out.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -220,12 +221,13 @@ class Loras(Subject):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """A of each LoRA anew, as LoRA draws it; B is zero."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self._factors():
-            if name.endswith("A_ErK"):
+        """A of each LoRA anew, as LoRA draws it, of task and seed alone; B is zero."""
+        drawn = [p for name, p in self._factors() if name.endswith("A_ErK")]
+        for t, task in enumerate(self.tasks.names):
+            generator = torch.Generator().manual_seed(random.Random(f"{seed}:{task}:A").getrandbits(63))
+            for p in drawn:
                 bound = p.shape[-1] ** -0.5
-                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+                p[t] = torch.empty(p.shape[1:]).uniform_(-bound, bound, generator=generator)
 
 
 class MeanLoras(Loras):

@@ -119,9 +119,9 @@ def test_a_result_can_be_adapted_further(study, settings, new_tasks):
 
 
 def test_each_task_is_learned_as_if_it_were_alone(run, settings, new_tasks, study):
-    for mode in ("router", "mean"):
-        (alone,) = adapt(run, settings(datasets=new_tasks[:1]), [mode], (8,)).scores
-        together = of(study, mode, "citrus")
+    for mode, own, task in (("router", 0, "citrus"), ("mean", 0, "citrus"), ("new_lora", 1, "date")):
+        (alone,) = adapt(run, settings(datasets=new_tasks[own : own + 1]), [mode], (8,)).scores
+        together = of(study, mode, task)
         assert alone.steps == together.steps
         assert alone.loss == pytest.approx(together.loss, rel=1e-3)
         assert alone.validation_loss == pytest.approx(together.validation_loss, rel=1e-3)
