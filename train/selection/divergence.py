@@ -13,6 +13,7 @@ from torch import Tensor
 
 from taskmoe.train.selection.base import Subject
 
+MEDIAN_ROWS = 2000  # a median of four million distances is as good
 FLOOR = 1e-3  # of a variance, as a share of the mean variance: words that a task lacks do not vary in it
 
 
@@ -25,15 +26,19 @@ def affinity(subject: Subject) -> Tensor:
 def mmd(clouds: Sequence[Tensor]) -> Tensor:
     """[T, T]: squared maximum mean discrepancy (Gretton et al. 2012), biased, so never negative.
 
-    k(x, y) = exp(-|x - y|^2 / (2 m)), m the median squared distance of different rows of all tasks: one
-    kernel for all pairs.
+    k(x, y) = exp(-|x - y|^2 / (2 m)), m the median squared distance of different rows of all tasks (of at
+    most ``MEDIAN_ROWS`` of them, evenly spread): one kernel for all pairs.
     """
-    counts = [len(cloud) for cloud in clouds]
-    away_NN = torch.cdist(torch.cat(list(clouds)), torch.cat(list(clouds))).square()
-    apart = away_NN[away_NN > 0]
+    counts, rows_ND = [len(cloud) for cloud in clouds], torch.cat(list(clouds))
+    some_nD = rows_ND[:: -(-len(rows_ND) // MEDIAN_ROWS)]
+    # Exact, so that equal rows are at zero.
+    away_nn = torch.cdist(some_nD, some_nD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    apart = away_nn[away_nn > 0]
     width = 2 * float(apart.median()) if len(apart) else 1.0
-    blocks = [row.split(counts, 1) for row in torch.exp(-away_NN / width).split(counts, 0)]
-    G_TT = torch.stack([torch.stack([block.mean() for block in row]) for row in blocks])
+    G_TT = rows_ND.new_empty(len(counts), len(counts))
+    for t, cloud in enumerate(clouds):  # a task at a time: rows are many
+        k_nN = torch.exp(-torch.cdist(cloud, rows_ND).square() / width)
+        G_TT[t] = torch.stack([block.mean() for block in k_nN.split(counts, 1)])
     own_T = G_TT.diagonal()
     return (own_T[:, None] + own_T - G_TT - G_TT.T).clamp_min(0).fill_diagonal_(0)
 

@@ -21,7 +21,7 @@ def read_transfer(path: str | Path, tasks: TaskTable) -> Transfer:
 
     Raises:
         SelectError: unreadable, another shape, a score that is no finite number, or a target of which fewer
-            than two sources were measured.
+            than two sources were measured, or none with a positive score.
         TaskError: a task that is not compared; names the nearest.
     """
     try:
@@ -41,6 +41,7 @@ def read_transfer(path: str | Path, tasks: TaskTable) -> Transfer:
         found[target] = {source: float(score) for source, score in row.items() if source != target}
         if len(found[target]) < 2:
             raise SelectError(f"--matrix: {path}: {target!r} has fewer than two sources; there is no choice")
+        _best(found[target], f"{path}: {target!r}: ")
     return found
 
 
@@ -53,12 +54,17 @@ def regret(measured: Mapping[str, float], ranking: Sequence[str], k: int) -> flo
     Raises:
         SelectError: the best score is not positive, so that no share of it can be lost.
     """
+    best = _best(measured)
+    return (best - max(measured[source] for source in ranking[:k])) / best
+
+
+def _best(measured: Mapping[str, float], where: str = "") -> float:
     best = max(measured.values())
     if best <= 0:
         raise SelectError(
-            f"--matrix: the best score is {best:g}; Regret@k is a share of it and needs positive scores"
+            f"--matrix: {where}the best score is {best:g}; Regret@k is a share of it, so give positive ones"
         )
-    return (best - max(measured[source] for source in ranking[:k])) / best
+    return best
 
 
 def ndcg(measured: Mapping[str, float], ranking: Sequence[str]) -> float:

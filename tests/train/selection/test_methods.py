@@ -164,9 +164,11 @@ def test_a_divergence_is_symmetric_never_negative_and_zero_for_the_same_rows(nam
     assert bool((D_TT[0, 1:3] > 1e-3).all()) and float(D_TT[0, 2]) > float(D_TT[0, 1])
 
 
-def test_mmd_by_loops():
+@pytest.mark.parametrize(("most", "step"), [(2000, 1), (6, 3)])
+def test_mmd_by_loops(most, step, monkeypatch):
+    monkeypatch.setattr(divergence, "MEDIAN_ROWS", most)
     x = clouds()
-    rows = [r for cloud in x for r in cloud]
+    rows = [r for cloud in x for r in cloud][::step]
     apart = sorted(float((a - b).square().sum()) for a in rows for b in rows if a is not b)
     median = apart[(len(apart) - 1) // 2]
 

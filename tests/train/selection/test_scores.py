@@ -53,6 +53,7 @@ def test_scores_are_means_over_measured_targets_and_sources():
         ({"a": {"b": 1, "c": "x"}}, SelectError, "'a' from 'c' has 'x', no number"),
         ({"a": {"b": True, "c": 1}}, SelectError, "'a' from 'b' has True, no number"),
         ({"a": {"a": 1, "b": 1}}, SelectError, "'a' has fewer than two sources"),
+        ({"a": {"b": -1, "c": 0}}, SelectError, "'a': the best score is 0; Regret@k is a share"),
         ({"aa": {"b": 1, "c": 1}}, TaskError, "unknown task 'aa'; the nearest of 3 are a"),
         ({"a": {"b": 1, "d": 1}}, TaskError, "unknown task 'd'"),
     ],
