@@ -16,7 +16,7 @@ from taskmoe.moe.merging.kinds import merge_loras, merger
 from taskmoe.moe.peft_write import write_lora
 from taskmoe.moe.wrappers import inside
 from taskmoe.train.merging.card import write_card
-from taskmoe.train.merging.model import MergedModel, Scorer
+from taskmoe.train.merging.model import MergedModel, Scorer, require_linears
 from taskmoe.train.merging.sources import TASKS, Gathered, MergeError, gather
 from taskmoe.train.out_folder import in_place, require_free, save_base
 from taskmoe.train.trained_run import TrainedRun
@@ -97,6 +97,8 @@ def merge(
     _check(given, home, kind, coefficients, held_in)
     # All methods give something proportional to the coefficient, so that one merge serves them all.
     once = merge_loras(list(given.loras.values()), method, 1.0, options, max_rank, _watch)
+    if home is not None:
+        require_linears(home, once.pairs)
     chosen_by = list(held_in or given.tasks) if len(coefficients) > 1 else []
     choices: list[Choice] = []
     if home is not None and len(coefficients) > 1:

@@ -37,26 +37,25 @@ KEPT = ("model_name_or_path", "model", "tokenizer", "task_type", "pooling", "con
 ASIDE = ("base", "original")  # what a linear with experts, and a saved module, call what was there before
 
 
-class MergedModel:
-    """Args:
-        trained: the run whose base, heads and tasks it has; pairs: {linear of the Hugging Face model: A, B}.
+def require_linears(trained: TrainedRun, pairs: Source) -> None:
+    """Raises MergeError where the model of a run lacks a linear of ``pairs``, or has one of another size."""
+    modules = dict(inside(trained.model.base_model)[0].named_modules())
+    for name, (A_RK, B_RN) in pairs.items():
+        module: Any = modules.get(name)
+        own = None if module is None else features(getattr(module, "base", module))
+        if own != (A_RK.shape[1], B_RN.shape[1]):
+            there = "no linear" if own is None else f"{own[0]} x {own[1]}"
+            raise MergeError(
+                f"{name} of the LoRAs, {A_RK.shape[1]} x {B_RN.shape[1]}, is {there} in the model of "
+                f"{trained.home}; they belong to another"
+            )
 
-    Raises:
-        MergeError: linears that the model does not have.
-    """
+
+class MergedModel:
+    """The base, heads and tasks of ``trained``, and pairs, {linear of the Hugging Face model: A, B}."""
 
     def __init__(self, trained: TrainedRun, pairs: Source) -> None:
-        inner, prefix = inside(trained.model.base_model)
-        modules = dict(inner.named_modules())
-        for name, pair in pairs.items():
-            size = pair.A_RK.shape[1], pair.B_RN.shape[1]
-            module: Any = modules.get(name)
-            own = None if module is None else features(getattr(module, "base", module))
-            if size != own:
-                raise MergeError(
-                    f"{name} of the LoRAs, {size[0]} x {size[1]}, is {own and '{} x {}'.format(*own)} in the "
-                    f"model of {trained.home}; they belong to another"
-                )
+        prefix = inside(trained.model.base_model)[1]
         self.trained, self.pairs = trained, {prefix + name: pair for name, pair in pairs.items()}
         self.config = _config(trained, self.pairs)
         self.model = build_moe(self.config, trained.tokenizer, trained.model.tasks, ALONE).eval()

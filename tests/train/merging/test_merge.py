@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -274,6 +274,14 @@ def test_lora_of_another_base(run_of, tmp_path) -> None:
     export_run(run_of("elsewhere"), "copy", tmp_path / "lora", check=False)
     with pytest.raises(MergeError, match=r"lora was not trained on the base of .*copy/run"):
         merge([str(run_of("copy")), str(tmp_path / "lora")], "ties", tmp_path / "out")
+    # Of the same weights, but around it another class, under which linears have other names.
+    export_run(run_of("copy"), "copy", tmp_path / "named", check=False)
+    weights = tmp_path / "named" / "adapter_model.safetensors"
+    save_file({n.replace("model.layers", "llama.layers"): t for n, t in load_file(weights).items()}, weights)
+    with pytest.raises(
+        MergeError, match=r"llama.layers.* of the LoRAs, 24 x 16, is no linear"
+    ):
+        merge([str(run_of("copy")), str(tmp_path / "named")], "svd_mean", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
