@@ -24,7 +24,7 @@ docs/EXPORT.md says more.
   --format taskmoe   the whole mixture, as TaskMoEModel.from_pretrained reads it; with --task all
   --max_rank N       cut LoRAs down to this rank; the error of each linear is told
   --average          where tokens are routed: a LoRA with the mean gates of the task's tokens, and its loss
-  --force            replace what is in DIR
+  --force            replace an earlier result in DIR
   --no_check         do not read the result again
   --json             print one JSON object and nothing else
 

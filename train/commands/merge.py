@@ -28,14 +28,15 @@ adapter that peft or taskmoe export wrote; or a folder of such adapters.
   --over tasks       of a run, what each task uses (default); experts: each expert of its bank
   --tasks A,B        of runs, these tasks alone
   --options K=V,...  of the method, for example density=0.3,space=factors
-  --coefficient C    what the result is multiplied by; of several, the one with the best score is taken
+  --coefficient C    what the result is multiplied by; default: 1, of task_arithmetic and breadcrumbs 0.4, of
+                     copa 4. Of several, the one with the best score is taken
   --held_in A,B      the tasks that choose it, and no others; default: the merged ones
   --split SPLIT      of which rows; default: validation
   --run RUN          the run that has their base and data, where none is merged
   --max_rank N       cut to this rank; the error of each linear is told
   --format peft      an adapter of peft (default); where the base was trained too, it is saved in DIR/base
   --format run       a run of no steps, for taskmoe eval: the tasks, heads and data of the (first) run
-  --force            replace what is in DIR
+  --force            replace an earlier result in DIR
   --json             print one JSON object and nothing else
 
 examples:

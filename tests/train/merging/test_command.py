@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+
 import pytest
 
+from taskmoe.moe.merging.kinds import MERGERS
 from taskmoe.train.cli import main
-from taskmoe.train.commands.merge import _numbers, _options
+from taskmoe.train.commands.merge import USAGE, _numbers, _options
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,19 @@ def test_refused(words, message, capfd, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["merge", *words]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_the_help_names_the_methods_their_options_and_defaults() -> None:
+    """It is written by hand: nothing heavy is imported for it."""
+    (told,) = re.findall(r"default: 1, (.*?)\. Of several", " ".join(USAGE.split()))
+    of: dict[str, float] = {}
+    for names, value in re.findall(r"of ([a-z_ ]+) (\d[\d.]*)", told):
+        of |= dict.fromkeys(names.split(" and "), float(value))
+    assert of == {n: m.coefficient for n, m in MERGERS.items() if m.coefficient != 1}
+    for name, method in MERGERS.items():
+        (line,) = re.findall(rf"^ +{name}  .*", USAGE, re.MULTILINE)
+        options = {field.name for field in fields(method.Options)} - {"space"}  # said above the methods
+        assert set(re.findall(r"\w+", line.partition("options:")[2])) == options, name
 
 
 def test_lists_and_options() -> None:

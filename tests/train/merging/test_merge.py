@@ -278,9 +278,7 @@ def test_lora_of_another_base(run_of, tmp_path) -> None:
     export_run(run_of("copy"), "copy", tmp_path / "named", check=False)
     weights = tmp_path / "named" / "adapter_model.safetensors"
     save_file({n.replace("model.layers", "llama.layers"): t for n, t in load_file(weights).items()}, weights)
-    with pytest.raises(
-        MergeError, match=r"llama.layers.* of the LoRAs, 24 x 16, is no linear"
-    ):
+    with pytest.raises(MergeError, match=r"llama.layers.* of the LoRAs, 24 x 16, is no linear"):
         merge([str(run_of("copy")), str(tmp_path / "named")], "svd_mean", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
