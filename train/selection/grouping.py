@@ -20,8 +20,8 @@ FUZZINESS = 1.07  # m of STG-MTL: memberships are nearly, but not quite, one or 
 @dataclass(frozen=True)
 class Groups:
     """label: {task: its group, -1 where nothing is known of it}. membership: {task: [C], summing to one}.
-    agreement: with the groups of the task table, as of :func:`~taskmoe.train.track.routing.against_groups`;
-    None: it has none."""
+    agreement: of as many groups as the task table has with those, as of
+    :func:`~taskmoe.train.track.routing.against_groups`; None: it has none."""
 
     label: dict[str, int]
     membership: dict[str, list[float]]

@@ -75,8 +75,11 @@ def _print_groups(console: Console, method: str, groups: Groups) -> None:
     ]
     print_table(console, f"groups by {method}", ["task", "group", "membership of each"], rows, names=3)
     if groups.agreement is not None:
-        index, p = groups.agreement["adjusted_rand_index"], groups.agreement["p_value"]
-        console.print(f"with the groups of the task table: adjusted Rand index {index:.2f} (p = {p:.3f})")
+        count, index, p = (groups.agreement[k] for k in ("num_groups", "adjusted_rand_index", "p_value"))
+        console.print(
+            f"cut at {count:.0f} groups, as many as the task table has: adjusted Rand index with its groups "
+            f"{index:.2f} (p = {p:.3f})"
+        )
 
 
 def _value(affinity: float) -> str:
