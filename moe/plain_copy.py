@@ -57,4 +57,6 @@ def _describe(plain: Any, model: TaskMoEModel, task: int) -> None:
     tied = getattr(plain.config, "tie_word_embeddings", False)
     into, out = plain.get_input_embeddings(), getattr(plain, "get_output_embeddings", lambda: None)()
     if tied and out is not None and out.weight is not into.weight:
-        plain.config.tie_word_embeddings = False
+        # Of T5's kin the config knows no False, and the model scales its last states by what it reads there.
+        parted = type(plain.config).from_dict({**plain.config.to_dict(), "tie_word_embeddings": False})
+        plain.config.tie_word_embeddings = parted.tie_word_embeddings

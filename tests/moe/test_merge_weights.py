@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    GPT2ForSequenceClassification,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
 
 from taskmoe.moe import CollapseError, TaskError, TaskMoEConfig, attach, attach_heads
 from taskmoe.moe.collapse import collapse
@@ -67,6 +72,22 @@ def test_weights_that_are_shared_stay_shared_unless_experts_part_them(
         expected = head(model(**inputs))
         inputs.pop("task_ids")
         close(head(type(merged).from_pretrained(tmp_path).eval()(**inputs)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("cls", [T5ForConditionalGeneration, UMT5ForConditionalGeneration])
+@torch.no_grad()
+def test_states_are_scaled_before_an_output_that_is_shared_no_more(cls, tiny, shaken, batch, close, tmp_path):
+    base = cls(cls.config_class(**tiny("t5").config.to_dict()))
+    config = TaskMoEConfig(r=2, num_experts=2, target_modules=("q", "lm_head"))
+    model = shaken(attach(base, config, ["a", "b"])).eval()
+    inputs = batch("t5", [1, 1])
+    expected = model(**inputs).logits
+    inputs.pop("task_ids")
+    merged = merge(model, "b")
+    assert merged.lm_head.weight is not merged.shared.weight
+    close(merged(**inputs).logits, expected, 1e-5)
+    merged.save_pretrained(tmp_path)
+    close(cls.from_pretrained(tmp_path).eval()(**inputs).logits, expected, 1e-5)
 
 
 @pytest.mark.parametrize("base", [BertForSequenceClassification, GPT2ForSequenceClassification])
