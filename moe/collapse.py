@@ -117,9 +117,7 @@ def save_lora(
             f"task {model.tasks.names[number]!r}: its gates are zero on every expert, so that there is no "
             "LoRA to write; the base model alone is what it uses"
         )
-    whole = trained_whole(base, number)
-    saved = {f"{name}.{n}": p for name, module in whole.items() for n, p in module.state_dict().items()}
-    write_lora(base, found, folder, modules_to_save=sorted(whole), saved=saved)
+    write_lora(base, found, folder, whole=trained_whole(base, number))
     if isinstance(model.base_model, MeanPoolClassifier):
         head = model.base_model.classifier.of_task(number)
         save_head(head, model.tasks[number].labels or (), folder)

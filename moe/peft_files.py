@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from taskmoe.moe.config import ConfigError
+from taskmoe.moe.peft_write import CONFIG, WEIGHTS
 
-CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 # Settings under which a LoRA is more than B A x, and the value that it must have instead.
 PLAIN: dict[str, Any] = {
@@ -74,7 +74,7 @@ def read_lora(folder: str | Path, key: str) -> Lora:
             f"{key}: {folder}: init_lora_weights is {start!r}, which changes the base too; convert it to a "
             "plain LoRA (peft's path_initial_model_for_weight_conversion), or leave it out"
         )
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / WEIGHTS
     try:
         state = load_file(weights)
     except (OSError, SafetensorError) as error:

@@ -6,12 +6,12 @@ Legend: R rank, K d_in, N d_out.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def write_lora(
     pairs: Mapping[str, Pair],
     folder: str | Path,
     *,
-    modules_to_save: Sequence[str] = (),
-    saved: Mapping[str, Tensor] | None = None,
+    whole: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write pairs as a LoRA of scale 1: ``lora_alpha`` is the rank, of each linear its own.
 
     Args:
         base: the Hugging Face model that they belong to, or what :func:`about` says of it.
         pairs: {linear of ``base``: A and B}, each of rank 1 or more.
-        modules_to_save: what of ``base`` is replaced whole; ``saved``: {parameter of ``base``: its value}.
+        whole: {module of ``base``: what stands in its place}, peft's ``modules_to_save``.
     """
+    whole = whole or {}
     ranks = {name: len(pair.A_RK) for name, pair in pairs.items()}
     r = max(ranks.values())
     pattern = {name: rank for name, rank in ranks.items() if rank != r}
@@ -69,14 +69,15 @@ def write_lora(
         "target_modules": sorted(pairs),
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "modules_to_save": list(modules_to_save) or None,
+        "modules_to_save": sorted(whole) or None,
     }
     state = {}
     for name, pair in pairs.items():
         state[f"base_model.model.{name}.lora_A.weight"] = pair.A_RK.contiguous().cpu()
         state[f"base_model.model.{name}.lora_B.weight"] = pair.B_RN.T.contiguous().cpu()
-    for name, tensor in (saved or {}).items():
-        state[f"base_model.model.{name}"] = tensor.detach().cpu().clone().contiguous()
+    for name, module in whole.items():
+        for n, tensor in module.state_dict().items():
+            state[f"base_model.model.{name}.{n}"] = tensor.detach().cpu().clone().contiguous()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})

@@ -20,7 +20,8 @@ from taskmoe.moe.banks.low_rank import LowRankBank
 from taskmoe.moe.banks.on_linears import OnLinears
 from taskmoe.moe.config import ConfigError, TaskMoEConfig
 from taskmoe.moe.options import options_of
-from taskmoe.moe.peft_files import CONFIG, Lora, read_lora
+from taskmoe.moe.peft_files import Lora, read_lora
+from taskmoe.moe.peft_write import CONFIG
 from taskmoe.moe.targets import features
 from taskmoe.moe.tasks import TaskTable
 

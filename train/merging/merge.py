@@ -182,8 +182,5 @@ def _write(
             save_base(home, folder, result.out)
             base = inside(home.model.base_model)[0]
             whole = {n: m.saved for n, m in base.named_modules() if isinstance(m, SavedModule)}
-            saved = {
-                f"{name}.{n}": p for name, module in whole.items() for n, p in module.state_dict().items()
-            }
-            write_lora(base, pairs, folder, modules_to_save=sorted(whole), saved=saved)
+            write_lora(base, pairs, folder, whole=whole)
         write_card(result, kind, home, folder)

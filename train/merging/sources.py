@@ -16,7 +16,8 @@ from taskmoe.moe.collapse import Pair
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.merging.base import Source
 from taskmoe.moe.merging.sources import of_experts, of_tasks
-from taskmoe.moe.peft_files import CONFIG, read_lora
+from taskmoe.moe.peft_files import read_lora
+from taskmoe.moe.peft_write import CONFIG
 from taskmoe.moe.wrappers import inside
 from taskmoe.train.folders import nearest_folder
 from taskmoe.train.trained_run import TrainedRun, load_run

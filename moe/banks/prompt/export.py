@@ -18,7 +18,7 @@ from taskmoe.moe.collapse import CollapseError
 from taskmoe.moe.heads import TaskLinear
 from taskmoe.moe.layer import SavedModule
 from taskmoe.moe.model import TaskMoEModel
-from taskmoe.moe.peft_write import task_type
+from taskmoe.moe.peft_write import CONFIG, WEIGHTS, task_type
 
 GENERATORS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -72,5 +72,5 @@ def save_prompt(model: TaskMoEModel, task: int | str, folder: str | Path) -> Non
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {"prompt_embeddings": prompt_lW}
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
