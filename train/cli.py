@@ -18,6 +18,7 @@ from taskmoe.train.command_line import (
     folders,
     positional,
     take_option,
+    take_policy,
     take_switch,
 )
 from taskmoe.train.commands import adapt, export, merge, predict, select
@@ -100,7 +101,7 @@ def evaluate(tokens: list[str]) -> int:
     split, tokens = take_option(tokens, "split")
     baseline, tokens = take_option(tokens, "baseline")
     root, tokens = take_option(tokens, "data")
-    unknown, tokens = take_option(tokens, "unknown_task")
+    unknown, tokens = take_policy(tokens)
     as_json, tokens = take_switch(tokens, "json")
     run, overrides = positional(tokens, "eval", "RUN")
     for folder in (run, baseline):
@@ -109,13 +110,11 @@ def evaluate(tokens: list[str]) -> int:
     if split is not None and split not in ("train", "validation", "test"):
         near = difflib.get_close_matches(split, ("train", "validation", "test"), n=1, cutoff=0.0)[0]
         raise UsageError(f"--split: {split!r} is not one of train, validation, test; the nearest is {near!r}")
-    if unknown not in (None, "error", "average", "nearest"):
-        raise UsageError(f"--unknown_task: {unknown!r} is not one of error, average, nearest")
     if root is not None:
         overrides.append(f"--data.root={root}")
     from taskmoe.train.run_eval import evaluate_run
 
-    return evaluate_run(run, overrides, split, as_json, baseline, unknown or "error")
+    return evaluate_run(run, overrides, split, as_json, baseline, unknown)
 
 
 def inspect(tokens: list[str]) -> int:

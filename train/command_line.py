@@ -45,6 +45,14 @@ def take_switch(tokens: list[str], name: str) -> tuple[bool, list[str]]:
     return f"--{name}" in tokens, [token for token in tokens if token != f"--{name}"]
 
 
+def take_policy(tokens: list[str]) -> tuple[str, list[str]]:
+    """``--unknown_task``: what becomes of tasks that a run does not know; ``train/adapt/unknown.py``."""
+    policy, tokens = take_option(tokens, "unknown_task")
+    if policy not in (None, "error", "average", "nearest"):
+        raise UsageError(f"--unknown_task: {policy!r} is not one of error, average, nearest")
+    return policy or "error", tokens
+
+
 def folders(
     tokens: list[str], command: str, what: str, fewest: int = 1, most: int | None = None
 ) -> list[str]:

@@ -17,7 +17,7 @@ from rich.table import Table
 from taskmoe.moe import TaskTable, load_adapter
 from taskmoe.moe.state import with_saved_gate, with_saved_vectors
 from taskmoe.train import checkpoint
-from taskmoe.train.adapt.unknown import route_unknown, settings_with
+from taskmoe.train.adapt.unknown import route_unknown, settings_with, told
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.distributed import Ranks, init, shutdown
@@ -169,8 +169,7 @@ def _score(
         texts = {name: own for name, own in texts.items() if own}
         routed = route_unknown(model, tasks, texts, unknown, load(home / "config.yaml", ["--deepspeed=null"]))
         for name in added:
-            how = f"as {routed[name]}" if name in routed else "by the run's rule for new tasks"
-            say(f"task {name!r} is not of the run: routed {how}")
+            say(told(name, routed))
     best = checkpoint.read_state(path).get("best")
     if best and f"checkpoint-{best['step']}" != path.name:
         say(f"scoring {path}; the best of the run was checkpoint-{best['step']}")

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from taskmoe.moe import TaskTable
+from taskmoe.train.adapt.unknown import route_unknown, settings_with, told
 from taskmoe.train.config import Config, ConfigError
 from taskmoe.train.config_io import load
 from taskmoe.train.data.bundle import TaskSplit
@@ -49,27 +51,41 @@ class TaskPredictor:
         task: a task of it.
         overrides: settings as on a command line, on top of the run's own, but for those of ``moe``.
         column: where answers stand in the rows that come back.
+        unknown: what becomes of a task that the run does not know, a name of
+            :data:`taskmoe.train.adapt.unknown.POLICIES`.
 
     Raises:
         ConfigError, CheckpointError, StateError: as :func:`taskmoe.train.trained_run.load_run`.
-        TaskError: no such task; names the nearest.
+        TaskError: no such task, under ``error``; names the nearest.
+        AdaptError: a run that cannot serve tasks that it does not know.
     """
 
     def __init__(
-        self, run: str, task: str, overrides: Sequence[str] = (), column: str = "prediction"
+        self,
+        run: str,
+        task: str,
+        overrides: Sequence[str] = (),
+        column: str = "prediction",
+        unknown: str = "error",
     ) -> None:
         opened = open_run(run, overrides)
-        self.task, self.column = opened.tasks.id(task), column
-        self.config = _settings(opened, overrides)
+        self.config, self.column = _settings(opened, overrides), column
+        self.known, self.unknown, tasks = opened.tasks, unknown, TaskTable(opened.tasks)
+        config = self.config
+        if unknown != "error" and task not in tasks:
+            tasks.add(task)
+            config = replace(config, moe=settings_with(config, opened.tasks, [task], unknown))
+        self.task = tasks.id(task)
         self.reader = QuestionReader(self.config, opened.tokenizer, task)
-        loaded = opened.load(config=self.config)
+        loaded = opened.load(tasks, config)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokenizer = loaded.model.to(device), opened.tokenizer
-        labels = [len(t.labels or ()) for t in opened.tasks]
+        labels = [len(t.labels or ()) for t in tasks]
         self.collator = Collator(self.tokenizer, self.config.task_type, len(labels), labels)
         options = router_options(self.config)
         self.encoder = None if options is None else InstanceEncoder(options.encoder, options.dim)
         self.left_out: Counter[str] = Counter()  # reason -> rows so far
+        self.routed = task in self.known  # where its rows say where it goes, once some are read
 
     def __call__(self, lines: Iterable[bytes], name: str = "stdin") -> Iterator[dict[str, Any]]:
         """The row of each line with its answer in ``column``, in order, some batches behind.
@@ -125,7 +141,16 @@ class TaskPredictor:
             else:
                 yield {**row, self.column: None, f"{self.column}_error": str(error)}
 
+    def _route(self, asked: Sequence[Waiting]) -> None:
+        """Send a task that is not known where the policy says, by the rows that were read first."""
+        name, self.routed = self.model.tasks.names[self.task], True
+        texts = {name: [w.question["prompt"] for w in asked]}
+        found = route_unknown(self.model, self.known, texts, self.unknown, self.config)
+        print(f"taskmoe: {told(name, found)}", file=sys.stderr)
+
     def _predict(self, asked: Sequence[Waiting]) -> list[Any]:
+        if not self.routed:
+            self._route(asked)
         rows = [{name: w.tokens[name] for name in TOKENS if name in w.tokens} for w in asked]
         if self.encoder is not None:
             embeddings_nD = self.encoder([w.question["prompt"] for w in asked])
@@ -150,7 +175,7 @@ def _settings(opened: OpenRun, overrides: Sequence[str]) -> Config:
     return replace(config, bf16=given.bf16, evaluation=evaluation)
 
 
-def predict_stdin(run: str, task: str, overrides: Sequence[str], column: str) -> int:
+def predict_stdin(run: str, task: str, overrides: Sequence[str], column: str, unknown: str = "error") -> int:
     """Answer the JSON lines of stdin on stdout, each window as soon as it is answered.
 
     Returns:
@@ -160,7 +185,7 @@ def predict_stdin(run: str, task: str, overrides: Sequence[str], column: str) ->
         ConfigError and the others of :class:`TaskPredictor`; DataError of a bad row.
     """
     with stdout_is_stderr():
-        predictor = TaskPredictor(run, task, overrides, column)
+        predictor = TaskPredictor(run, task, overrides, column, unknown)
     if sys.stdin.isatty():
         print("taskmoe: reading JSON objects, one a line; end with Ctrl-D", file=sys.stderr)
     columns = (TextColumn("{task.completed} rows"), TaskProgressColumn(show_speed=True), TimeElapsedColumn())

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from taskmoe.moe import ConfigError, TaskError
+from taskmoe.train.adapt.unknown import load_with_unknown
 from taskmoe.train.cli import main
 from taskmoe.train.config_io import load
 from taskmoe.train.data.errors import DataError
 from taskmoe.train.loop import train
 from taskmoe.train.run_eval import score_run
 from taskmoe.train.run_predict import WINDOW, TaskPredictor
+from taskmoe.train.trained_run import open_run
 
 LLAMA = """\
 model: {type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, num_attention_heads: 2}"""
@@ -231,3 +233,24 @@ def test_a_task_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_rows_without_columns_to_read(run_of: Any) -> None:
     with pytest.raises(DataError, match=r"stdin:1: columns x hold no prompt; known are messages, .*text"):
         list(TaskPredictor(str(run_of("classifier")), "mood")([b'{"x": 1}']))
+
+
+@pytest.mark.parametrize("policy", ["average", "nearest"])
+def test_a_task_that_the_run_does_not_know(policy: str, run_of: Any, predict: Any) -> None:
+    """It answers as the model does that has it in its table."""
+    lines = questions("clusters")
+    code, rows, said = predict("clusters", lines, "--task", "new")
+    assert (code, rows) == (2, []) and "unknown task 'new'; the nearest of 2 are" in said[-1]
+    code, rows, said = predict("generator", lines, "--task", "new", "--unknown_task", policy)
+    assert code == 0 and [row["id"] for row in rows] == list(range(len(WORDS)))
+    texts = {"new": list(WORDS)}
+    how = {"average": "by the run's rule for new tasks", "nearest": "as mood"}[policy]
+    assert f"taskmoe: task 'new' is not of the run: routed {how}" in said
+    model = load_with_unknown(open_run(run_of("generator")), texts, policy).model
+    predictor = TaskPredictor(str(run_of("generator")), "new", unknown=policy)
+    assert [row["prediction"] for row in predictor(lines)] == [row["prediction"] for row in rows]
+    assert all(
+        torch.equal(p, dict(model.named_parameters())[n]) for n, p in predictor.model.named_parameters()
+    )
+    code, _, said = predict("classifier", questions("classifier"), "--task", "new", "--unknown_task", policy)
+    assert code == 2 and "'new' is not of the run, which has no head" in said[-1]

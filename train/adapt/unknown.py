@@ -68,6 +68,12 @@ def route_unknown(
     return {table.names[new]: seen for new, seen in start_as(model, found).items()}
 
 
+def told(name: str, routed: Mapping[str, str]) -> str:
+    """What is said of a task that is not known, after :func:`route_unknown`."""
+    how = f"as {routed[name]}" if name in routed else "by the run's rule for new tasks"
+    return f"task {name!r} is not of the run: routed {how}"
+
+
 def load_with_unknown(
     run: OpenRun, texts: Mapping[str, Sequence[str]], policy: str, encoder: str = HASHED
 ) -> TrainedRun:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from taskmoe.train.command_line import UsageError, positional, take_option
+from taskmoe.train.command_line import UsageError, positional, take_option, take_policy
 
 USAGE = """\
-usage: taskmoe predict RUN --task NAME [--column NAME] [--key value ...] < inputs.jsonl > outputs.jsonl
+usage: taskmoe predict RUN --task NAME [--column NAME] [--unknown_task error|average|nearest]
+                       [--key value ...] < inputs.jsonl > outputs.jsonl
 
 Answer the rows on standard input, one JSON object a line, as one task of a run or of one checkpoint in it.
 Every row comes back in its place with one column more: the generated text, the label, or of an encoder of
@@ -14,6 +15,10 @@ template; a built-in task takes {"prompt": ...}, a chat {"messages": [...]}. Run
 
   --task NAME     a task of the run
   --column NAME   where the answers stand; default: prediction
+  --unknown_task POLICY
+                  of a task that the run was not trained on: error (default), average (the run's rule for new
+                  tasks, or the mean of its tasks), nearest (the task whose texts are most like the rows that
+                  are read first)
 
 A bad line stops the command, which names it once the lines before it are answered. With --on_bad_row skip and
 --on_long_row skip such a row gets null, and the reason in <column>_error. Lines are read some batches ahead;
@@ -27,9 +32,10 @@ examples:
 
 
 def run(tokens: list[str]) -> int:
-    """``predict RUN --task NAME [--column NAME] [--key value ...]``, see ``USAGE``."""
+    """``predict RUN --task NAME [--column NAME] [--unknown_task POLICY] [...]``, see ``USAGE``."""
     task, tokens = take_option(tokens, "task")
     column, tokens = take_option(tokens, "column")
+    unknown, tokens = take_policy(tokens)
     path, overrides = positional(tokens, "predict", "RUN")
     if task is None:
         raise UsageError("predict: --task is missing; see taskmoe predict --help")
@@ -37,4 +43,4 @@ def run(tokens: list[str]) -> int:
         raise UsageError("--column: is empty; give the answers a name")
     from taskmoe.train.run_predict import predict_stdin
 
-    return predict_stdin(path, task, overrides, column or "prediction")
+    return predict_stdin(path, task, overrides, column or "prediction", unknown)
