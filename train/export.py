@@ -1,7 +1,7 @@
 """What a task of a run uses, as files that other programs read.
 
-Everything is written into a folder beside the one that is asked for, read again, compared with the run, and
-only then put in place.
+Everything is written into a folder of its own first, read again, compared with the run, and only then put in
+place.
 """
 
 from __future__ import annotations

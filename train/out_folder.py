@@ -49,7 +49,7 @@ def require_free(target: Path, force: bool) -> None:
 
 @contextmanager
 def in_place(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` whose files take their place there when the block ends without an error.
+    """A folder whose files take their place in ``target`` when the block ends without an error.
 
     What an earlier result left in ``target`` gives way, folders as a whole.
 
@@ -57,7 +57,8 @@ def in_place(target: Path) -> Iterator[Path]:
         ExportError: nothing can be written there, or a folder that holds other things is in the way.
     """
     target = target.absolute()
-    partial = target.with_name(f".{target.name}.partial")
+    # On one file system with it: a folder that is there may be the root of one, beside which nothing is.
+    partial = target / ".partial" if target.is_dir() else target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -58,6 +58,17 @@ def test_an_error_leaves_everything_and_says_what_it_was(tmp_path) -> None:
         assert names(tmp_path) == {"out/config.json"}
 
 
+def test_files_are_never_moved_from_one_file_system_to_another(tmp_path) -> None:
+    """A folder that is there may be a disk of its own, and the one around it of another user."""
+    for existing in (False, True):
+        out = tmp_path / "deep" / "out"
+        with in_place(out) as folder:
+            assert folder.parent == (out if existing else out.parent)
+            write(folder, "config.json")
+        assert names(tmp_path) == {"deep/out/config.json"}
+        assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+
+
 @pytest.mark.parametrize("sign", ["checkpoint-20/manifest.json", "manifest.json"])
 def test_runs_and_checkpoints_are_not_written_into(sign, tmp_path) -> None:
     write(tmp_path, sign)
