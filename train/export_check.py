@@ -62,11 +62,13 @@ def _instances(form: Format, rows: int) -> dict[str, Tensor]:
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Between the logits that both have: a head alone has none beyond its labels, and a prompt of peft gives
-    logits at its own positions first."""
-    outputs = min(found.shape[-1], expected.shape[-1])
+    """Of the largest expected logit; infinite where there are more or fewer. A head alone has none beyond its
+    labels, where a mixture has -inf, and a prompt of peft gives logits at its own positions first."""
+    outputs = found.shape[-1]
+    if outputs > expected.shape[-1] or not bool((expected[..., outputs:] == float("-inf")).all()):
+        return float("inf")
     if found.dim() == 3:
         found = found[:, -expected.shape[1] :]
-    found, expected = found[..., :outputs], expected[..., :outputs]
+    expected = expected[..., :outputs]
     apart = (found - expected).masked_fill(found == expected, 0.0)  # -inf stands beyond a task's labels
     return float(apart.abs().max() / expected[expected.isfinite()].abs().max())
