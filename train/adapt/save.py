@@ -42,7 +42,9 @@ def save_run(
     """
     step = checkpoint.read_state(subject.run.checkpoint)["step"] + steps
     moe = replace(subject.model.moe_config, new_task_rows=subject.config.moe.new_task_rows)
-    if (moe.representation_options or {}).get("path"):
+    if subject.makes_vectors:  # for further tasks too
+        moe = replace(moe, representation_options=subject.begun().representation_options)
+    elif (moe.representation_options or {}).get("path"):
         moe = with_vectors(moe, str(folder / f"checkpoint-{step}" / FILE))
     config = replace(
         subject.config,

@@ -92,6 +92,10 @@ class Subject:
         shift = self.new.ids[0] - self.known
         return {t: replace(self.new.bundle.splits[name][t + shift], task=t) for t in self.ids}
 
+    def begun(self) -> TaskMoEConfig:
+        """The run's ``moe`` as it began: before it named the file of vectors that it made."""
+        return load(self.run.home / CONFIG, ["--deepspeed=null"]).moe
+
     def base_weights(self) -> Path | None:
         """A file that belongs into its checkpoint, beside the adapter."""
         return None
@@ -130,9 +134,7 @@ class Mixture(Subject):
         return with_vectors(moe, str(path))
 
     def _options(self, kind: Any) -> Any:
-        """Of the representation, as the run began: before it named the file that it made."""
-        as_begun = load(self.run.home / CONFIG, ["--deepspeed=null"])
-        return options_of("representation", as_begun.moe, kind)
+        return options_of("representation", self.begun(), kind)
 
     @torch.no_grad()
     def begin(self, seed: int, shots: Mapping[int, Shots]) -> None:

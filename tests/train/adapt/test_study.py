@@ -228,6 +228,9 @@ def test_vectors_of_new_tasks_are_made_of_the_shots_as_the_run_made_its_own(
     assert torch.allclose(after["citrus"], expected, atol=1e-6)
     for task in ("apple", "berry"):
         assert torch.equal(logits(out, task), logits(folder, task))
+    (on,) = adapt(out, settings(datasets=new_tasks[1:]), ["zero"], (3,), out=tmp_path / "on").scores
+    assert on.task == "date" and torch.equal(logits(tmp_path / "on", "citrus"), logits(out, "citrus"))
+    assert score_run(out, split="test")[1]["tasks"]["citrus"]["loss"] == pytest.approx(score.loss, rel=1e-5)
     with pytest.raises(AdaptError, match=r"--mode router: .* nothing that belongs to one task"):
         adapt(folder, settings(datasets=new_tasks[:1]), ["router"], (8,))
 
