@@ -131,7 +131,7 @@ def test_dropout_leaves_its_share_out_and_does_not_depend_on_the_other_noise():
     ("gate", "options", "message"),
     [
         ("sigmoid", {"normalise": "l1"}, "moe.gate_options.normalise: 'l1' is unknown here; known are sum"),
-        ("sigmoid", {"normalise": "l2", "shared": True}, "moe.gate_options.shared: True has no effect: normalise: l2"),
+        ("sigmoid", {"normalise": "l2", "shared": True}, "moe.gate_options.shared: True has no effect"),
         ("bernoulli", {"normalise": "l2"}, "moe.gate_options.normalise: 'l2' is unknown here"),
         ("bernoulli", {"dropout": 1.0}, r"moe.gate_options.dropout: 1.0 must be in \[0, 1\)"),
         ("gumbel", {"hard": True}, "moe.gate_options.hard: unknown option of gate 'gumbel'"),

@@ -45,7 +45,8 @@ def test_by_task_they_are_the_routers_gates(tiny, tmp_path):
 
 
 def test_routes_that_all_groups_share_are_saved(tiny, tmp_path):
-    model = attached(tiny, r=2, num_experts=3, router="fixed", gate="raw", router_options={"experts": {"*": 1}})
+    given = {"experts": {"*": 1}}
+    model = attached(tiny, r=2, num_experts=3, router="fixed", gate="raw", router_options=given)
     assert len(model.routing.groups) > 1
     model.save_pretrained(tmp_path)
     again = Snapshot.load(tmp_path / FILE)

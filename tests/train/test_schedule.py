@@ -94,7 +94,7 @@ def test_a_run_may_have_no_steps() -> None:
     assert (phase.start, phase.end, phase.schedule_end) == (0, 0, 0) and phase_at([phase], 0) is phase
     with pytest.raises(ConfigError, match="phases: their steps add up to 5, but max_steps is 0"):
         resolve_phases(Config(max_steps=0, phases=(PhaseConfig(steps=5),)))
-    with pytest.raises(ConfigError, match="phases.1.steps: nothing is left"):
+    with pytest.raises(ConfigError, match=r"phases\.1\.steps: nothing is left"):
         resolve_phases(Config(max_steps=0, phases=(PhaseConfig(steps=5), PhaseConfig())))
 
 
