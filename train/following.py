@@ -147,52 +147,39 @@ class Following:
             TrainingError: the loss of a task is not a number.
         """
         with self._timed():
-            metrics = self._measured(step, model, engine, balancing, shares, norm, rate)
+            tokens, now = self.meter.tokens, time.monotonic()
+            metrics = self.meter.read()
+            metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
+            metrics["train/tracking_seconds"] = self._spent  # of the last line, and what came after it
+            self._logged_at = now
+            self._spent_in_all, self._spent = self._spent_in_all + self._spent, 0.0
+            metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
+            surgery = engine.surgery
+            if surgery is not None:
+                more, lines = surgery.report(step)
+                metrics.update(more)
+                for line in lines:
+                    self.line(line)
+                if "grad/cosine_matrix" in more:
+                    self._conflict = (more["grad/rows"], more["grad/cosine_matrix"])
+            weighed = surgery is None or surgery.weighs
+            metrics.update(balancing.report(shares, self.meter, metrics, weighed=weighed))
+            if engine.regularisers is not None:
+                metrics.update(engine.regularisers.report())
+            if norm is not None:
+                metrics["train/grad_norm"] = norm
+            if model.recorder is not None:
+                model.recorder.fold(all_sum)
+            snapshot = take(model)
+            self._begin(snapshot)
+            if self.ranks.is_main:
+                metrics.update(routing_metrics(snapshot, self._first))
             self.tracker.log_train(step, metrics)
         bad = [k.rpartition("/")[2] for k, v in metrics.items() if k.startswith("train/loss/") and v != v]
         if bad:
             raise TrainingError(
                 f"step {step}: the loss of {', '.join(bad)} is not a number; lower the learning rate"
             )
-
-    def _measured(
-        self,
-        step: int,
-        model: TaskMoEModel,
-        engine: Engine,
-        balancing: StepBalancing,
-        shares: Sequence[float],
-        norm: float | None,
-        rate: Mapping[str, float],
-    ) -> dict[str, Any]:
-        tokens, now = self.meter.tokens, time.monotonic()
-        metrics = self.meter.read()
-        metrics["train/tokens_per_second"] = tokens / max(1e-9, now - self._logged_at)
-        metrics["train/tracking_seconds"] = self._spent  # of the last line, and what came after it
-        self._logged_at = now
-        self._spent_in_all, self._spent = self._spent_in_all + self._spent, 0.0
-        metrics.update({f"learning_rate/{g}": r for g, r in rate.items() if r > 0})
-        surgery = engine.surgery
-        if surgery is not None:
-            more, lines = surgery.report(step)
-            metrics.update(more)
-            for line in lines:
-                self.line(line)
-            if "grad/cosine_matrix" in more:
-                self._conflict = (more["grad/rows"], more["grad/cosine_matrix"])
-        weighed = surgery is None or surgery.weighs
-        metrics.update(balancing.report(shares, self.meter, metrics, weighed=weighed))
-        if engine.regularisers is not None:
-            metrics.update(engine.regularisers.report())
-        if norm is not None:
-            metrics["train/grad_norm"] = norm
-        if model.recorder is not None:
-            model.recorder.fold(all_sum)
-        snapshot = take(model)
-        self._begin(snapshot)
-        if self.ranks.is_main:
-            metrics.update(routing_metrics(snapshot, self._first))
-        return metrics
 
     # -- evaluations and the end -----------------------------------------------------------------------------
 
